@@ -8,11 +8,15 @@ MODULES ?=
 PYTEST := python -m pytest -n 4 --dist loadfile
 # The device for demo and bench: cpu, cuda or cuda:N.
 DEVICE ?= cpu
-# For image: the image's target (cpu or cuda), its name, the program that builds it, and further options for that program.
+# For image and test-image: the image's target (cpu or cuda), its name, what it is built on, the program that builds it
+# with further options for that, where the source is published, and the program that runs it.
 TARGET ?= cpu
 IMAGE ?= deconvd:$(TARGET)
 BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
+BASE_IMAGE ?=
 BUILD_ARGS ?=
+SOURCE ?=
+RUNNER ?= $(firstword $(foreach name,docker podman,$(shell command -v $(name))))
 
 BIN := .venv/bin
 GENERATOR := .venv/generator
@@ -27,8 +31,8 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check-schema check coverage check-all soak test-oldest test-3.11 test-3.12 test-3.13 test-3.14 \
-    package mutate check-api format test-gpu generate accept-schema bench image clean
+.PHONY: help demo test lint check-schema check coverage check-all soak test-oldest test-torch test-jax test-chainer \
+    test-3.11 test-3.12 test-3.13 test-3.14 package mutate check-api format test-gpu generate accept-schema bench image test-image clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,28 +57,46 @@ check-schema: .venv/installed-dev ## Lint the schema, look for breaks, and see t
 check: lint ## What each commit must pass: lint, then the tests
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
-# The schema's tests are lint's. Slow ones run one after another: they take gigabytes, or make control groups and users.
-# Traced code computes more, so fewer processes than in `test` share the processors.
+# Slow tests that take gigabytes, or measure how long other calls take: they run alone. Other slow ones run two at a time.
+ALONE := $(foreach name,crowded_residents large_tensors overload receive_limiter,tests/test_$(name).py)
+
+# The schema's tests are lint's. Traced code computes more, so fewer processes than in `test` share the processors.
 coverage: .venv/installed-dev ## Run all tests, slow ones too, and measure coverage against its floor
 	rm -rf $(COVERAGE)
 	mkdir -p $(COVERAGE)/processes
 	$(MEASURED) -n 3 --dist loadfile --ignore=tests/test_schema.py $(PYTEST_ARGS)
-	$(MEASURED) -m slow $(PYTEST_ARGS)
+	$(MEASURED) -m slow -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	$(MEASURED) -m slow $(ALONE) $(PYTEST_ARGS)
 	$(COVERAGE_TOOL) combine --quiet $(COVERAGE)/processes
 	$(COVERAGE_TOOL) html --quiet --directory $(COVERAGE)/html
 	@echo "with what needs a card: $$($(COVERAGE_TOOL) report --omit='*_pb2*' --format=total --fail-under=0) %"
 	$(COVERAGE_TOOL) report
 
-# Each test runs once here, and those that are not slow once more, with the oldest packages.
-check-all: lint coverage test-oldest soak ## All checks but those on a GPU
+# Each test runs once here, and those that are not slow and depend on packages once more, with the oldest packages.
+check-all: lint coverage test-oldest test-torch test-jax test-chainer soak ## All checks but those on a GPU
 
 soak: .venv/installed-dev ## Run honest and hostile clients against a server that is killed and drained, for 90 s
 	$(BIN)/python -m tests.soak --seconds 90
 
-# Neither the demo nor the benchmarks, which need packages that want a newer numpy; nor the schema's tools and pyright.
+# What no version of a package changes, since other tests call the same functions of packages: direct connections and shared
+# memory, which are sockets and memory of our own below numpy and gRPC; modules that decide or copy, and do no I/O; several
+# servers, each of which is one; and what the checks say of this checkout's own files.
+UNVERSIONED := accept_loop byte_stream busy_polling direct_protocol drain_stripes shared_borrowers shared_lines \
+    shared_memory_* stalled_stripes stripe_faults striped_* striping* write_progress \
+    adaptive_backoff admission* blocking budgets buffer_pool cache fair_queue fair_shares lru pace parallel_copy pieces quotas \
+    retry_times team workload \
+    attempt_runner background_loop balancer call_parts several_* \
+    alerts checks contributing decisions dockerfile monitoring names readme soak
+
+# Neither the demo, the frameworks nor the benchmarks, which need packages that want a newer numpy; nor kubectl, the schema's tools and pyright.
 test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that pyproject.toml allows
-	$(OLDEST)/bin/$(PYTEST) $(foreach name,benchmarks demo schema typing,--ignore=tests/test_$(name).py) \
+	$(OLDEST)/bin/$(PYTEST) --ignore=tests/frameworks \
+	    $(foreach name,array_conversion asyncio_service benchmarks demo kubernetes schema typing $(UNVERSIONED),'--ignore-glob=tests/test_$(name).py') \
 	    $(PYTEST_ARGS)
+
+test-torch: ## Run the tests of one framework's arrays; so do test-jax and test-chainer
+test-torch test-jax test-chainer: test-%: .venv/%/installed
+	.venv/$*/bin/python -m pytest tests/frameworks $(PYTEST_ARGS)
 
 # MODULES='quotas arena' tries some; all take minutes. Each module's own tests are in pyproject.toml, under tool.mutation.
 mutate: .venv/installed-mutation ## Change modules that do no I/O in small ways, and see that their tests notice
@@ -98,8 +120,9 @@ format: .venv/installed-dev ## Format the code, and mend what lint can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# Not the frameworks: jax, if it is there, takes most of the card as soon as it is imported.
 test-gpu: .venv/installed-dev .venv/installed-cuda13 ## Run the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu --ignore=tests/frameworks $(PYTEST_ARGS)
 
 generate: $(GENERATOR)/installed ## Generate the Python stubs from the schema
 	$(GENERATOR)/bin/python -m grpc_tools.protoc --proto_path=proto \
@@ -116,9 +139,16 @@ bench: .venv/installed-dev $(CUDA) ## Measure operators and whole calls; DEVICE=
 	$(BIN)/python -m benchmarks.operator --device $(DEVICE)
 	$(BIN)/python -m benchmarks.service --device $(DEVICE)
 
-# BUILDAH_FORMAT: podman and buildah drop the HEALTHCHECK from images in their own format.
+# BUILDAH_FORMAT: podman and buildah drop the HEALTHCHECK from images in their own format. BUILDAH_LAYERS: buildah would
+# make one layer of all.
 image: ## Build the container image, with docker, podman or buildah; TARGET=cuda for GPUs
-	BUILDAH_FORMAT=docker $(BUILDER) build --target $(TARGET) --tag $(IMAGE) $(BUILD_ARGS) .
+	BUILDAH_FORMAT=docker BUILDAH_LAYERS=true $(BUILDER) build --target $(TARGET) --tag $(IMAGE) \
+	    $(BASE_IMAGE:%=--build-arg BASE_IMAGE=%) $(SOURCE:%=--build-arg SOURCE=%) \
+	    --build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/deconvd/__init__.py)" \
+	    --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" $(BUILD_ARGS) .
+
+test-image: image .venv/installed-dev ## Build the image, and test it in containers, with docker or podman
+	$(BIN)/python -m pytest -m image tests/test_image.py --image $(IMAGE) --runner "$(RUNNER)" $(PYTEST_ARGS)
 
 clean: ## Remove what the other targets made, .venv included
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
@@ -136,6 +166,23 @@ $(OLDEST)/installed: pyproject.toml constraints.txt tests/oldest.py | .venv/bin/
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(PYTHON) -m tests.oldest >$(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/torch/installed .venv/jax/installed: .venv/%/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PYTHON) -m venv --clear .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,test-frameworks]'
+	touch $@
+
+# Chainer's newest release is of 2022. It needs numpy 1, with its ml_dtypes. numpy.distutils, which it imports, needs a
+# setuptools that still has distutils.msvccompiler, and Chainer itself one that has pkg_resources.
+.venv/chainer/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PYTHON) -m venv --clear .venv/chainer
+	sed -E '/^(numpy|ml_dtypes|setuptools)==/d' constraints.txt >.venv/chainer/constraints.txt
+	.venv/chainer/bin/python -m pip install --quiet --constraint .venv/chainer/constraints.txt \
+	    'setuptools<74' wheel 'numpy<2' six typing_extensions filelock
+	.venv/chainer/bin/python -m pip install --quiet --no-build-isolation chainer==7.8.1
+	.venv/chainer/bin/python -m pip install --quiet --constraint .venv/chainer/constraints.txt \
+	    --editable '.[chainer,test-frameworks]'
 	touch $@
 
 # Each version has its own environment, of the Python that tests.pythons finds.

@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks.commit import commit
 from deconvd.host.malloc import raise_mmap_threshold
+from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.problem import spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire import codec
@@ -178,7 +179,7 @@ def _side(small_bytes: int) -> Iterator[_Side]:
     with subprocess.Popen(command + options, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            target = server.stdout.readline().split(" on ")[1].strip()
+            target = address_in_startup_line(server.stdout.readline())
             with grpc.insecure_channel(target, _UNLIMITED) as channel:
                 call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
                 yield _Side(small_bytes, call)

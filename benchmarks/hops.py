@@ -30,6 +30,7 @@ import numpy as np
 import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.profiled import start_profiling
+from deconvd.host.startup_line import address_in_startup_line
 
 _WARM_UPS = 3
 _CALLS_COUNT = 5
@@ -153,7 +154,7 @@ def _server() -> Iterator[_Server]:
             try:
                 assert process.stdout is not None
                 lines = [process.stdout.readline() for _ in addresses]
-                yield _Server(process, *(line.split(" on ")[1].strip() for line in lines))
+                yield _Server(process, *map(address_in_startup_line, lines))
             finally:
                 process.kill()
 

@@ -1,10 +1,10 @@
 """How near a far server is: ``python -m benchmarks.remote --device cuda --json FILE``.
 
 Client processes call a server over TCP, and by the other ways in the same run: shared memory, gRPC, and the bare
-program of `benchmarks.bare_tcp`, which moves the same bytes there and back and computes nothing. Its rate with four
-connections a call is the floor, and each row tells how much of it was reached. The clients of a row begin together and
-call for the same time. Rows are added to those that FILE has, so the table can be made in parts; a row that is
-measured again replaces the one before.
+program of `deconvd_client.cli.bare_sockets`, which moves the same bytes there and back and computes nothing. Its rate
+with four connections a call is the floor, and each row tells how much of it was reached. The clients of a row begin
+together and call for the same time. Rows are added to those that FILE has, so the table can be made in parts; a row
+that is measured again replaces the one before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import click
 import numpy as np
 
 import deconvd_client
-from benchmarks.bare_tcp import bare_calls, bare_server
 from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
@@ -31,6 +30,7 @@ from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.remote_rows import FLOOR_PATH, RemoteRow, RowsFile
 from deconvd.model.dtypes import Array, DType
+from deconvd_client.cli.bare_sockets import bare_calls, bare_server
 from examples.local_server import local_server
 
 _BARE_CONNECTIONS = {FLOOR_PATH: 4, "bare_1": 1}

@@ -21,6 +21,7 @@ from examples.pictures import Array, from_grey_levels, save
 __all__ = [
     "FACTORS",
     "Difference",
+    "Operands",
     "bilinear_kernel",
     "difference",
     "enlarge",
@@ -58,6 +59,28 @@ def bilinear_kernel(factor: int) -> Array:
     return kernel
 
 
+class Operands(NamedTuple):
+    """What a deconvolution needs to enlarge an image. `x` has a channel for each of W's groups."""
+
+    x: Array
+    W: Array
+    pad: int
+
+    @classmethod
+    def of(cls, image: Array, factor: int) -> Operands:
+        """Return them for an image of shape ``(h, w, c)``.
+
+        Each channel is a group of its own. The image first gets a border of one pixel that repeats its edge, because
+        the deconvolution takes pixels beyond the edge as black. `pad` cuts the enlarged border off, together with half
+        of the kernel's excess over the stride, so that the centres of pixels stay where they were.
+        """
+        rimmed = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float32)
+        kernel = bilinear_kernel(factor)
+        W = np.repeat(kernel[np.newaxis, np.newaxis], image.shape[2], axis=0)
+        pad = factor + (len(kernel) - factor) // 2
+        return cls(rimmed.transpose(2, 0, 1)[np.newaxis], W, pad)
+
+
 def enlarge(F: Connection, image: Array, factor: int) -> Array:
     """Return an image `factor` times as high and as wide, by a deconvolution on the server.
 
@@ -68,18 +91,9 @@ def enlarge(F: Connection, image: Array, factor: int) -> Array:
 
     Returns:
         Grey levels, float32, of shape ``(factor * h, factor * w, c)``.
-
-    Each channel is a group of its own. The image first gets a border of one pixel that repeats its edge, because the
-    deconvolution takes pixels beyond the edge as black. `pad` cuts the enlarged border off, together with half of the
-    kernel's excess over the stride, so that the centres of pixels stay where they were.
     """
-    channels_count = image.shape[2]
-    rimmed = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float32)
-    x = rimmed.transpose(2, 0, 1)[np.newaxis]
-    kernel = bilinear_kernel(factor)
-    W = np.repeat(kernel[np.newaxis, np.newaxis], channels_count, axis=0)
-    pad = factor + (len(kernel) - factor) // 2
-    y = F.deconvolution_2d(x, W, stride=factor, pad=pad, groups=channels_count)
+    x, W, pad = Operands.of(image, factor)
+    y = F.deconvolution_2d(x, W, stride=factor, pad=pad, groups=len(W))
     enlarged: Array = y[0].transpose(1, 2, 0)
     return enlarged
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -18,9 +19,15 @@ from tests.environments import ROOT, fresh_environment
 from tests.lenders import start_lender
 from tests.servers import ServerProcess, server_process
 
+if TYPE_CHECKING:
+    from tests.certificates import Authority, CertificateFiles
+
 _NEED_CUPY = ["cupy", "device", "kernels", "operator", "overlapped"]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
-"""Modules that import CuPy at their head: for a GPU, all of them."""
+"""Modules that import CuPy, or torch, at their head: for a GPU, all of them."""
+
+if not find_spec("torch"):
+    collect_ignore.append("test_cuda_torch.py")
 
 
 if "COVERAGE_PROCESS_CONFIG" in os.environ:
@@ -41,11 +48,37 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deconvd_client.server._DISCOVERY_PATIENCE_S", 10.0)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have calls give up a server that has never answered after half a second, not after five."""
+    monkeypatch.setattr("deconvd_client.transports.retry_policy._FIRST_CONTACT_TIMEOUT_S", 0.5)
+
+
+@pytest.fixture
+def obeys_signals() -> Iterator[None]:
+    """Have this process, and those that a test starts, obey signals that this one ignores, as under nohup."""
+    ignored = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_IGN
+    ]
+    for number in ignored:
+        is_interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fail-on-skip",
         action="store_true",
         help="fail if a test is skipped, for want of a package, say",
+    )
+    parser.addoption("--image", help="the container image that tests with the marker `image` run")
+    parser.addoption(
+        "--runner", default="docker", help="the command that runs containers: docker or podman"
     )
 
 
@@ -72,6 +105,20 @@ def F(server: ServerProcess) -> Iterator[deconvd_client.Connection]:
     """A connection to the shared server."""
     with deconvd_client.connect(server.target) as connection:
         yield connection
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Signs certificates that tests trust."""
+    from tests.certificates import Authority  # trustme is not in the environments of frameworks
+
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def loopback_certificate(authority: Authority) -> CertificateFiles:
+    """A certificate of a server at the loopback addresses, and localhost."""
+    return authority.issue("127.0.0.1", "::1", "localhost")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,6 +25,7 @@ __all__ = [
     "Departure",
     "FailingDevice",
     "GradientRequest",
+    "HoldingDevice",
     "OverlappingCpuDevice",
     "Runner",
     "deconvolve",
@@ -51,6 +53,20 @@ class FailingDevice(CpuDevice):
 
     def run(self, *args: Any) -> None:
         raise self.error
+
+
+class HoldingDevice(CpuDevice):
+    """A device that computes one call at a time, and holds each until it ends or is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.let_go = threading.Event()
+
+    def run(self, *args: Any) -> None:
+        (call,) = (arg for arg in args if isinstance(arg, CallContext))
+        while not self.let_go.wait(0.01):
+            call.check()
+        super().run(*args)
 
 
 class Departure:

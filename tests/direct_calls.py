@@ -26,7 +26,7 @@ from deconvd.wire.tensor import message_from_array
 from deconvd_client.transports.direct.connectors import Connector, InfoFetcher, connector_for
 from tests.deadlines import short_deadline
 from tests.processes import wait_until
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, only_server
 from tests.stream_pairs import client_stream
 
 __all__ = [
@@ -60,7 +60,7 @@ def target_of(server: ServerProcess, transport: str) -> str:
 def get_server_info(server: ServerProcess) -> pb.GetServerInfoResponse:
     """Return what a server says of itself."""
     with deconvd_client.connect(server.targets[-1], transport="grpc") as F:
-        return F._server.route.server_info(short_deadline())
+        return only_server(F).route.server_info(short_deadline())
 
 
 def calls_path(server: ServerProcess) -> Path:
@@ -87,16 +87,32 @@ def open_with_retries(way: Connector, ask: InfoFetcher) -> FrameStream:
             return line
 
 
-def connect_from(host: str, port: int) -> socket.socket:
-    """Return a connection to a port of this host, from any address of the loopback."""
-    return socket.create_connection(("127.0.0.1", port), 5, source_address=(host, 0))
+def connect_from(host: str, port: int, receive_buffer_bytes: int = 0) -> socket.socket:
+    """Return a connection to a port of this host, from any address of the loopback.
+
+    Args:
+        receive_buffer_bytes: How much the system may receive before it is read; 0 for as much as it likes.
+    """
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if receive_buffer_bytes:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        connection.settimeout(5)
+        connection.bind((host, 0))
+        connection.connect(("127.0.0.1", port))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def connect_stream_from(host: str, port: int) -> FrameStream:
+def connect_stream_from(
+    host: str, port: int, token: str = "", receive_buffer_bytes: int = 0
+) -> FrameStream:
     """Return a line to a port of this host, from any address of the loopback."""
-    line = client_stream(connect_from(host, port))
+    line = client_stream(connect_from(host, port, receive_buffer_bytes))
     line.set_deadline(60)
-    line.send(Hello(ANY_INSTANCE))
+    line.send(Hello(ANY_INSTANCE, token))
     assert isinstance(line.next_event(), Hello)
     return line
 

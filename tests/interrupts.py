@@ -61,8 +61,11 @@ class _Interrupter:
             self._count_moment()
         elif event == "opcode":
             last = self._last.get(frame, "")
-            self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if last.startswith("CALL") or "JUMP_BACKWARD" in last:
+            now = self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            # Not after a call that has raised: Python runs no handler there, and an error raised by a tracer just
+            # before PUSH_EXC_INFO leaves what is being handled, and the frames of its traceback, alive for good.
+            has_raised = now == "PUSH_EXC_INFO"
+            if not has_raised and (last.startswith("CALL") or "JUMP_BACKWARD" in last):
                 self._count_moment()
         elif event == "return":
             self._last.pop(frame, None)

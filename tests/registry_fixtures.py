@@ -83,9 +83,9 @@ class RegistryFixture:
         """The first engine."""
         return self.engines.all[0]
 
-    def open(self, tenant_key: bytes = b"") -> Session:
+    def open(self, tenant_key: bytes = b"", identity: str = "") -> Session:
         """Return a new session."""
-        return self.sessions.open(tenant_key, lambda: None)
+        return self.sessions.open(tenant_key, lambda: None, identity=identity)
 
     def put(
         self, session: Session, name: bytes, array: Array, engine: Engine | None = None

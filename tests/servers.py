@@ -16,11 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
+from deconvd_client.server import Server
 from tests.processes import wait_until
 
-__all__ = ["ServerProcess", "call_until_served", "free_port", "server_process", "stop_server"]
+__all__ = [
+    "ServerProcess",
+    "call_until_served",
+    "free_port",
+    "only_server",
+    "server_process",
+    "stop_server",
+]
 
 _END_TIMEOUT_S = 30
 _COVERAGE_TIMEOUT_S = 4
@@ -79,6 +88,8 @@ def server_process(
     constants: Mapping[str, float] | None = None,
     descriptors_count: int | None = None,
     limits: Mapping[int, int] | None = None,
+    prelude: str = "",
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[ServerProcess]:
     """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default.
 
@@ -87,13 +98,23 @@ def server_process(
         descriptors_count: How many descriptors it may have; None for as many as this process.
         within: What to run it in.
         limits: Other limits, as of `resource.setrlimit`, by their numbers.
+        prelude: Python that its process runs first: to put another device in, say.
+        environment: Variables that it has in addition to those of this process.
     """
     addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
     log = directory / "server.log"
     all_limits = dict(limits or {})
     if descriptors_count is not None:
         all_limits[resource.RLIMIT_NOFILE] = descriptors_count
-    command = [sys.executable, "-W", "error", *_module(constants), "--device", device, *options]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        *_module(constants, prelude),
+        "--device",
+        device,
+        *options,
+    ]
     command += [word for address in addresses for word in ("--listen", address)]
     if all_limits:
         command = _with_limits(all_limits, command)
@@ -103,12 +124,13 @@ def server_process(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in addresses]
         assert all(lines), log.read_text()
-        yield ServerProcess(process, [line.split(" on ")[1].strip() for line in lines], log)
+        yield ServerProcess(process, [*map(address_in_startup_line, lines)], log)
     finally:
         if "COVERAGE_PROCESS_CONFIG" in os.environ:
             _let_it_write_its_coverage(process)
@@ -129,12 +151,13 @@ def _let_it_write_its_coverage(process: subprocess.Popen[str]) -> None:
             return
 
 
-def _module(constants: Mapping[str, float] | None) -> list[str]:
+def _module(constants: Mapping[str, float] | None, prelude: str) -> list[str]:
     """Return the words that have Python run the server, with other values for some constants."""
-    if not constants:
+    if not constants and not prelude:
         return ["-m", "deconvd_server"]
-    settings = [(*name.split(":"), value) for name, value in constants.items()]
+    settings = [(*name.split(":"), value) for name, value in (constants or {}).items()]
     script = (
+        f"{prelude}\n"
         "import importlib\n"
         f"for module, name, value in {settings!r}:\n"
         "    module = importlib.import_module(module)\n"
@@ -175,6 +198,12 @@ def stop_server(server: ServerProcess) -> Iterator[None]:
 def _has_stopped(pid: int) -> bool:
     stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+def only_server(F: Connection) -> Server:
+    """Return the client's side of the server of a connection that has only one."""
+    assert isinstance(F._server, Server)
+    return F._server
 
 
 def call_until_served(F: Connection, x: Array, W: Array) -> Array:

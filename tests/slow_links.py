@@ -28,5 +28,7 @@ def slow_link_to_server(directory: Path, transport: str, rate_gbit: float) -> It
         except LinkUnavailableError as error:
             pytest.skip(f"no slow link may be made here: {error}")
         listen = (f"{link.server_address}:0",)
-        server = stack.enter_context(server_process(directory, listen=listen, within=link))
+        server = stack.enter_context(
+            server_process(directory, "--insecure", listen=listen, within=link)
+        )
         yield stack.enter_context(deconvd_client.connect(server.target, transport=transport))

@@ -115,9 +115,18 @@ class StripedClient:
         transfer: The id of the transfer of the call under way.
     """
 
-    def __init__(self, port: int, stripes_count: int = 2, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        port: int,
+        stripes_count: int = 2,
+        host: str = "127.0.0.1",
+        receive_buffer_bytes: int = 0,
+    ) -> None:
         self.control = connect_stream_from(host, port)
-        self.stripes = [connect_stream_from(host, port) for _ in range(stripes_count)]
+        self.stripes = [
+            connect_stream_from(host, port, receive_buffer_bytes=receive_buffer_bytes)
+            for _ in range(stripes_count)
+        ]
         self.transfer = secrets.token_bytes(16)
 
     def begin(self, request: Any, *, stripes_count: int = 0, timeout_s: float = 30) -> None:
@@ -158,10 +167,11 @@ class StripedClient:
                 assert isinstance(event, PieceHead), event
                 elements = line.next_event()
                 assert isinstance(elements, PendingElements)
-                assert elements.size_bytes == space.piece_bytes(event.number)
-                for buffer in space.buffers(event.number):
+                count = space.count_in_run(event.number, elements.size_bytes)
+                assert count
+                for buffer in space.buffers(event.number, count):
                     line.read_into_buffer(buffer)
-                received[-1].append(event.number)
+                received[-1] += range(event.number, event.number + count)
         numbers = sorted(number for numbers in received for number in numbers)
         assert numbers == [*range(space.pieces_count)]
         return received

@@ -6,8 +6,10 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -61,6 +63,23 @@ def run(
         listener.stop()
         thread.join(TIMEOUT_S)
         listener.close()
+
+
+def test_what_is_due_later_is_done_in_its_order_and_not_before() -> None:
+    done = SimpleQueue[tuple[str, float]]()
+    began_s = time.monotonic()
+
+    def note(name: str) -> None:
+        done.put((name, time.monotonic() - began_s))
+
+    with run(Taker()) as listener:
+        for delay_s, name in ((0.1, "last"), (0.05, "first"), (0.05, "second")):
+            listener.call_soon(partial(listener.call_later, delay_s, partial(note, name)))
+        names, times_s = zip(*(done.get(timeout=TIMEOUT_S) for _ in range(3)), strict=True)
+
+    assert names == ("first", "second", "last")
+    assert times_s[0] >= 0.05
+    assert times_s[2] >= 0.1
 
 
 def test_every_socket_is_listened_on_until_it_is_withdrawn() -> None:

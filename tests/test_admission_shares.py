@@ -10,7 +10,8 @@ import pytest
 
 from deconvd.errors import ExhaustedError, UnavailableError
 from deconvd_server.call.context import CallContext
-from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.load import Load
 from deconvd_server.engine.paired_admission import PairedAdmission
 from tests.processes import wait_until
 

@@ -13,8 +13,10 @@ from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError, Un
 from deconvd_server.call.context import CallContext
 from deconvd_server.device import TURN_S
 from deconvd_server.engine import admission as admission_module
-from deconvd_server.engine import queue_limits
-from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine import place_clock, queue_limits
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.load import Load
+from tests.clocks import StandingClock, stop_clock
 from tests.processes import wait_until
 
 TIMEOUT_S = 30
@@ -22,22 +24,9 @@ BRIEF_S = 0.2
 IDLE = Load(running_count=0, waiting_count=0, used_bytes=0)
 
 
-class Clock:
-    """A clock that stands still until a test sets it."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for module in (admission_module, queue_limits):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
+def clock(monkeypatch: pytest.MonkeyPatch) -> StandingClock:
+    return stop_clock(monkeypatch, admission_module, queue_limits, place_clock)
 
 
 @pytest.fixture
@@ -66,7 +55,7 @@ def keep_answer(admission: Admission, size_bytes: int, peer: str = "hog") -> Cal
 
 
 def test_a_call_that_lacks_the_bytes_of_answers_keeps_others_waiting_for_two_seconds(
-    clock: Clock, threads: ThreadPoolExecutor
+    clock: StandingClock, threads: ThreadPoolExecutor
 ) -> None:
     admission = Admission(4, 100, 8)
     unread = keep_answer(admission, 41)
@@ -87,7 +76,7 @@ def test_a_call_that_lacks_the_bytes_of_answers_keeps_others_waiting_for_two_sec
 
 
 def test_a_call_that_lacks_the_bytes_of_calls_that_run_keeps_others_waiting_until_it_fits(
-    clock: Clock, threads: ThreadPoolExecutor
+    clock: StandingClock, threads: ThreadPoolExecutor
 ) -> None:
     admission = Admission(4, 100, 8)
     unread = keep_answer(admission, 40)
@@ -106,7 +95,7 @@ def test_a_call_that_lacks_the_bytes_of_calls_that_run_keeps_others_waiting_unti
 
 @pytest.mark.parametrize("is_due", [True, False], ids=["due", "not due"])
 def test_calls_that_take_long_have_half_of_the_places_while_others_come(
-    clock: Clock, threads: ThreadPoolExecutor, is_due: bool
+    clock: StandingClock, threads: ThreadPoolExecutor, is_due: bool
 ) -> None:
     places_count = 4
     admission = Admission(places_count, 1000, 8)
@@ -288,3 +277,33 @@ def test_a_load_is_a_value() -> None:
     load = Admission(1, 100, 0).load
 
     assert {load, IDLE} == {IDLE}
+
+
+def test_the_time_in_which_any_call_runs_is_counted_once(
+    clock: StandingClock, threads: ThreadPoolExecutor
+) -> None:
+    admission = Admission(1, 10, 8)
+    clock.now_s = 3
+    admission.enter(1, CallContext())
+    clock.now_s = 4
+    second = waiting(threads, admission, 1)
+    assert admission.busy_us == 1_000_000
+
+    admission.leave(1)
+    second.result(TIMEOUT_S)
+    clock.now_s = 6
+    admission.leave(1)
+    clock.now_s = 100
+
+    assert admission.busy_us == 3_000_000
+
+
+def test_a_call_that_runs_beside_another_adds_no_time(clock: StandingClock) -> None:
+    admission = Admission(2, 10, 8)
+    with admission.admit(1, CallContext()):
+        clock.now_s = 1
+        with admission.admit(1, CallContext()):
+            clock.now_s = 3
+        clock.now_s = 4
+
+    assert admission.busy_us == 4_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import pickle
 import re
 import subprocess
 import sys
@@ -137,16 +138,63 @@ def test_a_port_must_be_one_that_there_is(host: str, port: str) -> None:
         deconvd_client.connect(f"{host}:{port}")
 
 
-@pytest.mark.parametrize("target", ["a:1,b:1", "ipv4:10.0.0.1:1,10.0.0.2:1", "a:1, unix:b"])
-def test_a_target_is_one_address(target: str) -> None:
+@pytest.mark.parametrize("target", ["a:1, unix:b", "a:1,", "a:1,b", "a:1,,b:1"])
+def test_several_targets_are_addresses_with_commas_between(target: str) -> None:
     with pytest.raises(InvalidArgumentError, match="target must be one address, host:port or"):
         deconvd_client.connect(target)
 
 
 @pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([], "must name at least one server"),
+        (["a:1", "b:1", "a:1"], "must name each server once, got 'a:1' and 'a:1'"),
+        ("a:1,a:1", "must name each server once, got 'a:1' and 'a:1'"),
+        (["a:1", "A.:01"], "must name each server once, got 'a:1' and 'A.:01'"),
+        (["[::1]:1", "[0::1]:1"], "must name each server once"),
+        (["unix:/a", "unix:///b/../a"], "must name each server once"),
+        (["a:1", "b"], "must be host:port or unix:path, got 'b'"),
+        (["unix:/a,b", "unix:/c"], "must be one address, host:port or unix:path"),
+        (7, "must be host:port or unix:path, or a list of those, got 7"),
+    ],
+)
+def test_each_of_several_targets_must_be_one(targets: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message) as raised:
+        deconvd_client.connect(targets)
+    assert raised.value.argument == "target"
+
+
+@pytest.mark.parametrize("targets", [["a:1", "unix:/b"], ("a:1", "unix:/b"), "a:1,unix:/b"])
+def test_several_targets_are_a_list_or_a_string(targets: Any) -> None:
+    with deconvd_client.connect(targets) as F, pickle.loads(pickle.dumps(F)) as copy:
+        assert F.target == copy.target == "a:1,unix:/b"
+        assert "2 of 2 servers in use" in repr(copy)
+
+
+def test_several_targets_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECONVD_TARGET", "a:1,b:1")
+    with deconvd_client.connect() as F:
+        assert "to a:1,b:1, 2 of 2 servers" in repr(F)
+
+
+@pytest.mark.parametrize("letter", "%?#,")
+def test_a_path_must_mean_the_same_to_grpc(letter: str) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"^target must "
+    ):  # it would call another socket
+        deconvd_client.connect(f"unix:/run/a{letter}41")
+
+
+@pytest.mark.parametrize("scheme", ["", "dns:///", "proxy:///"])
+@pytest.mark.parametrize("host", ["a..b", ".a", "a" * 64])
+def test_a_host_must_be_one_that_can_exist(scheme: str, host: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^target must name a host that can exist"):
+        deconvd_client.connect(f"{scheme}{host}:1")
+
+
+@pytest.mark.parametrize(
     "target",
     [
-        None,
         b"gpu-host:1",
         "http://gpu-host:1",
         "gpu host:1",
@@ -165,6 +213,43 @@ def test_a_target_is_one_address(target: str) -> None:
 def test_what_is_no_target_is_refused(target: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="target must be host:port or unix:path"):
         deconvd_client.connect(target)
+
+
+def test_the_environment_names_the_target_of_connections_that_are_given_none(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECONVD_TARGET", server.target)
+
+    with deconvd_client.connect() as F:
+        assert F.target == server.target
+        assert F.health() == "SERVING"
+    with deconvd_client.connect("gpu-host:50051") as F:
+        assert F.target == "gpu-host:50051"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_connection_without_any_target_says_where_one_can_be_given(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.delenv("DECONVD_TARGET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DECONVD_TARGET", value)
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"target must be given, .* environment variable DECONVD_TARGET$"
+    ) as raised:
+        deconvd_client.connect()
+
+    assert raised.value.argument == "target"
+
+
+def test_a_wrong_target_of_the_environment_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECONVD_TARGET", "gpu-host")
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"^DECONVD_TARGET: target must be host:port or unix:path, got"
+    ):
+        deconvd_client.connect()
 
 
 def test_a_path_that_no_socket_can_have_is_refused() -> None:

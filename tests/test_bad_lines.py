@@ -244,8 +244,9 @@ def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault:
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
 def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
-    tcp_server: ServerProcess, fault: Fault
+    tcp_server: ServerProcess, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
+    monkeypatch.setattr(pool, "Backoff", partial(Backoff, 0.1))  # after a line cut in its greeting
     pid = tcp_server.process.pid
     with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
@@ -324,6 +325,9 @@ def in_lossy_namespace(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures(
+    "unmeasured"
+)  # one packet in fifty is lost: that is long enough without coverage
 def test_a_network_that_loses_packets_changes_nothing(tmp_path: Path) -> None:
     try:
         possible = in_lossy_namespace("true")

@@ -20,22 +20,32 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import deconvd_client
+from benchmarks import metrics as metrics_rounds
 from benchmarks.against import main as against
-from benchmarks.bare_tcp import bare_calls, bare_server
 from benchmarks.client_processes import Meet, start_client_processes
+from benchmarks.fleet import main as fleet
 from benchmarks.framing import main as framing
 from benchmarks.hops import main as hops
+from benchmarks.joining import main as joining
 from benchmarks.layers import LAYERS
 from benchmarks.links import long
+from benchmarks.load import main as load
 from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.remote import main as remote
+from benchmarks.secure import __main__ as secure_rounds
+from benchmarks.secure.__main__ import main as secure
+from benchmarks.secure.rows import SecureRow, comparisons
+from benchmarks.secure.ways import Keys
 from benchmarks.service import main as service
 from benchmarks.stock import stock_service
+from benchmarks.transport.paths import ONE, TCP, run_server
 from benchmarks.transport_plot import main as plot
+from deconvd.errors import UnauthenticatedError
 from deconvd.host.system import processors_count
 from deconvd.model.geometry import Geometry
 from deconvd.wire import codec
-from deconvd_client import Connection
+from deconvd_client import Connection, Tls
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -112,6 +122,56 @@ def test_latency_alone_is_measured_without_peers(tmp_path: Path, calls: str) -> 
     assert row["stock_ms"] is row["calls_per_s"] is row["floor_ms"] is None
 
 
+def test_of_simulated_servers_that_die_only_their_own_filters_move(tmp_path: Path) -> None:
+    results = tmp_path / "fleet.json"
+    arguments = ["--servers", "3", "--servers", "20", "--filters", "600", "--json", str(results)]
+
+    ended = CliRunner().invoke(fleet, arguments, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    for row in json.loads(results.read_text())["rows"]:
+        assert row["moved_share"] == pytest.approx(1 / row["servers"], rel=0.5)
+        assert (row["moved_in_vain"], row["lost"], row["retries"]) == (0, 0, 1)
+
+
+def test_the_gain_of_joining_is_bounded_by_calls_without_samples(tmp_path: Path) -> None:
+    results = tmp_path / "joining.json"
+    arguments = ["--clients", "1", "--clients", "2", "--time-s", "0.1"]
+
+    ended = CliRunner().invoke(
+        joining, [*arguments, "--json", str(results)], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["clients"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["most_gain"] == row["empty_calls_per_s"] / row["calls_per_s"] > 0
+
+
+def test_load_is_measured_alone_and_beside_a_flood(tmp_path: Path) -> None:
+    results = tmp_path / "load.json"
+    arguments = ["--time-s", "0.6", "--clients", "3", "--json", str(results)]
+
+    ended = CliRunner().invoke(load, arguments, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    written = json.loads(results.read_text())
+    assert written["alone_ms"] >= 20
+    rows = written["rows"]
+    assert [(row["clients"], row["load"], row["tenant"]) for row in rows] == [
+        (3, 0.25, "plain"),
+        (3, 2.0, "plain"),
+        (3, 0.25, "beside a flood"),
+        (16, 2.0, "flood"),
+    ]
+    for row in rows:
+        assert row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
+        assert row["refused"] >= 0
+    assert rows[1]["calls_per_s"] > 0
+    assert rows[3]["refused"] > 0
+
+
 def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
     results = CHECKOUT / "benchmarks/results/transport-2-cores.json"
     drawn = tmp_path / "plot.svg"
@@ -142,10 +202,10 @@ def test_a_calls_functions_are_counted_on_both_sides_of_each_way(tmp_path: Path)
         assert row["python_calls"] >= row["stays"] == len(row["chain"]) >= row["files"] > 0
         assert "deconvd.direct.busy_polling" not in row["chain"]
     counts = {row["way"]: row["python_calls"] for row in rows if row["side"] == "client"}
-    assert counts["shared_memory"] <= 90  # 85 of them, and some for what chance adds
+    assert counts["shared_memory"] <= 93  # 90 of them, and some for what chance adds
     assert counts["grpc_message"] <= 52  # 46
     client, server, _, grpc_server = (row["chain"] for row in rows)
-    assert "deconvd_client.connection" in client
+    assert "deconvd_client.operations" in client
     assert "deconvd_server.shared_memory.lender" in server
     assert not {"deconvd.direct.frame_stream", "deconvd_server.shared_memory.lender"} & set(
         grpc_server
@@ -272,17 +332,6 @@ def test_rows_of_another_host_are_not_mixed_with_those_of_this_one(tmp_path: Pat
     assert results.read_text() == file
 
 
-def test_the_bare_program_moves_every_byte_there_and_back() -> None:
-    sent, received = np.zeros(1_000_003, np.uint8), np.zeros(2_000_001, np.uint8)
-
-    with bare_server() as address, bare_calls(address, 3, sent, received) as call:
-        for _ in range(2):
-            received[...] = 0
-            call()
-
-            assert received.all()  # the server sends ones
-
-
 def _end_one(meet: Meet, end: Callable[[], None]) -> None:
     if meet() == 0:
         end()
@@ -303,3 +352,87 @@ def test_a_client_process_that_ends_leaves_no_other_waiting(
 ) -> None:
     with start_client_processes([2]) as clients, pytest.raises(error):
         clients.run(2, _end_one, end)
+
+
+def test_what_secures_calls_is_timed_beside_the_bare_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secure_rounds, "_LEAST_ROUNDS", 1)
+    results = tmp_path / "secure.json"
+    options = ["--bytes", "1024", "--bytes", "1048576", "--time-s", "0", "--json", str(results)]
+
+    ended = CliRunner().invoke(secure, options, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    written = json.loads(results.read_text())
+    assert {"host", "commit", "date"} < written.keys()
+    rows = {(row["path"], row["secured"], row["bytes"]): row for row in written["rows"]}
+    ways = {*product(("shared_memory", "unix", "tcp", "grpc_tcp"), ("plain", "token"))}
+    ways |= {("tcp", "tls"), ("grpc_tcp", "tls")}
+    assert rows.keys() == {(*way, size) for way, size in product(ways, (1024, 1 << 20))}
+    assert len(rows) == len(written["rows"])
+    for (path, secured, size), row in rows.items():
+        assert row.keys() == {"path", "secured", "bytes", "ms", "floor_ms"}
+        assert min(row["ms"], row["floor_ms"]) > 0
+        is_floor_of_plain = row["floor_ms"] == rows[path, "plain", size]["floor_ms"]
+        assert is_floor_of_plain == (secured != "tls")
+    assert rows["tcp", "tls", 1024]["floor_ms"] == rows["grpc_tcp", "tls", 1024]["floor_ms"]
+    assert (
+        ended.output.count("(wanted: ")
+        == len(ways - {way for way in ways if way[1] == "plain"}) * 2
+    )
+
+
+def test_small_calls_are_timed_with_and_without_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_TURN_S": 0.1, "_LEAST_ROUNDS": 1, "_SCRAPES_COUNT": 1}.items():
+        monkeypatch.setattr(metrics_rounds, name, value)
+    results = tmp_path / "metrics.json"
+    options = ["--transport", "unix", "--time-s", "0", "--json", str(results)]
+
+    ended = CliRunner().invoke(metrics_rounds.main, options, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    assert re.search(r"^unix +[\d.]+ +[\d.]+ +[\d.]+", ended.output, re.MULTILINE)
+    assert re.search(r"a scrape with 512 tenants: [\d.]+ ms", ended.output)
+    calls, *scrapes = json.loads(results.read_text())["rows"]
+    assert calls.pop("transport") == "unix"
+    assert min(calls.values()) > 0
+    assert [each["tenants"] for each in scrapes] == [1, 64, 512]
+    assert scrapes[0]["size_bytes"] < scrapes[2]["size_bytes"]
+
+
+def test_the_secured_servers_of_the_benchmark_ask_who_calls(tmp_path: Path) -> None:
+    keys = Keys.make(tmp_path)
+
+    with (
+        run_server("deconvd", TCP, str(keys.tokens), *map(str, keys.certificate)) as target,
+        deconvd_client.connect(target, tls=Tls(ca=keys.ca)) as stranger,
+        pytest.raises(UnauthenticatedError),
+    ):
+        stranger.deconvolution_2d(ONE, ONE)
+
+
+def test_what_tls_adds_is_compared_with_what_it_adds_to_the_bare_program() -> None:
+    small, large = 1 << 10, 32 << 20
+    rows = [
+        SecureRow("tcp", "plain", small, 0.100, 0.050),
+        SecureRow("tcp", "tls", small, 0.140, 0.065),
+        SecureRow("tcp", "plain", large, 20.0, 25.0),
+        SecureRow("tcp", "token", large, 20.2, 25.0),
+        SecureRow("tcp", "tls", large, 44.0, 40.0),
+        SecureRow("grpc_tcp", "plain", large, 60.0, 25.0),
+        SecureRow("grpc_tcp", "tls", large, 80.0, 40.0),
+    ]
+
+    lines = list(comparisons(rows, {small: 8.0}))
+
+    assert lines == [
+        "tcp, 1 KiB: TLS adds 40.0 us, and to the bare program 15.0 (8.0 if that does nothing else): "
+        "25.0 more (wanted: at most 20)",
+        "tcp, 32 MiB: with a token 1.010 of the time without (wanted: nothing measurable)",
+        "tcp, 32 MiB: with TLS 1.100 of the bare program (wanted: at most 1.15)",
+        "grpc_tcp, 32 MiB: with TLS 80.000 ms (wanted: at most 84.000, which is 1.15 times 60.000 "
+        "without, and 15.000 more)",
+    ]

@@ -1,10 +1,11 @@
-"""Sockets as byte streams: all bytes, in order, wherever the socket splits them, and bounded in time."""
+"""Sockets, with TLS and without, as byte streams: all bytes, in order, wherever they are split, and bounded in time."""
 
 from __future__ import annotations
 
 import fcntl
 import math
 import resource
+import select
 import socket
 import threading
 import time
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 
 from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
+from tests.certificates import Authority, CertificateFiles
 from tests.processes import wait_until
+from tests.tls_streams import established_engines, tls_streams
 
 _HIGH_DESCRIPTOR = 1500
 """Beyond FD_SETSIZE, and below what systems allow."""
@@ -28,8 +31,14 @@ _HIGH_DESCRIPTOR = 1500
 Ends = tuple[SocketStream, SocketStream]
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
+@pytest.fixture(params=["plain", "tls"])
+def ends(
+    request: pytest.FixtureRequest, authority: Authority, loopback_certificate: CertificateFiles
+) -> Iterator[Ends]:
+    if request.param == "tls":
+        with tls_streams(established_engines(authority, loopback_certificate)) as streams:
+            yield streams
+        return
     one, other = socket.socketpair()
     with closing(SocketStream(one)) as near, closing(SocketStream(other)) as far:
         yield near, far
@@ -210,6 +219,23 @@ def test_what_was_written_last_is_read_before_the_end(ends: Ends) -> None:
         assert taken(near, 3) == b"why"
         near.close()
         ending.result()
+
+
+def test_a_peer_that_reads_nothing_hears_of_an_abort(ends: Ends) -> None:
+    near, far = ends
+    near.set_deadline(0.2)
+    with suppress(ConnectionTimeoutError):
+        near.write(
+            np.ones(64 << 20, np.uint8).data
+        )  # fills all buffers: an end would stand behind it
+    departed = select.poll()
+    departed.register(far.descriptor, select.POLLRDHUP)
+    assert not departed.poll(0)
+
+    near.abort()
+    near.close()
+
+    assert departed.poll(30_000)
 
 
 def test_an_end_is_waited_for_no_longer_than_was_said(ends: Ends) -> None:

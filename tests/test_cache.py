@@ -54,6 +54,19 @@ def test_the_least_recently_used_is_freed_first() -> None:
     assert (cache.stats.count, cache.stats.size_bytes) == (2, 2)
 
 
+def test_only_what_makes_room_for_others_counts_as_evicted() -> None:
+    cache, maker = StrCache(2), Maker()
+    for key in "abcd":
+        use(cache, maker, key)
+
+    cache.drop("d")
+    cache.close()
+    use(cache, maker, "e")  # which is freed at once
+
+    assert maker.freed == ["a", "b", "d", "c", "e"]
+    assert cache.stats.evictions_count == 2
+
+
 def test_a_resource_in_use_is_freed_after_its_last_user() -> None:
     cache, maker = StrCache(10), Maker()
     with cache.lease("a", maker.of("a")):

@@ -90,6 +90,17 @@ def test_the_workflow_runs_targets_that_there_are() -> None:
     assert set(run) <= targets
 
 
+@pytest.mark.parametrize("variable", ["ALONE", "UNVERSIONED"])
+def test_the_tests_that_the_makefile_names_exist(variable: str) -> None:
+    lines = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (named,) = re.findall(rf"^{variable} := (.*)$", lines, flags=re.MULTILINE)
+    names = re.sub(r"\$\(foreach name,(.*),.*\)", r"\1", named).split()
+
+    assert names
+    for name in names:
+        assert list((ROOT / "tests").glob(f"test_{name}.py")), name
+
+
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run pytest in a process of its own."""
     return subprocess.run(

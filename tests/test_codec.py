@@ -114,6 +114,17 @@ def test_the_secrets_of_sessions_are_not_remembered() -> None:
     assert (pb.HoldSessionRequest, data) not in codec._envelope_cache
 
 
+def test_a_request_that_names_its_call_is_not_remembered() -> None:
+    plain = pb.DeconvolveRequest(session=b"of this test")
+    named = pb.DeconvolveRequest(session=b"of this test", telemetry=pb.Telemetry(request_id="1"))
+    for message in (plain, named):
+        decode(pb.DeconvolveRequest, message.SerializeToString())
+
+    remembered = {data for _, data in codec._envelope_cache}
+    assert plain.SerializeToString() in remembered
+    assert named.SerializeToString() not in remembered
+
+
 @given(messages(), st.data())
 def test_fields_may_stand_in_any_order(message: Message, data: st.DataObject) -> None:
     parts = [singly(message, field.name) for field, _ in message.ListFields()]

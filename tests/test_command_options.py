@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.core import ParameterSource
+from click.testing import CliRunner
 
 import deconvd_client
 from deconvd.command_line import envvar_of
@@ -117,16 +118,41 @@ def test_every_option_in_bytes_takes_sizes() -> None:
     assert all(isinstance(option.type, ByteSize) for option in in_bytes)
 
 
+def client_commands() -> dict[str, click.Command]:
+    """Return the client's commands by their names."""
+    assert isinstance(deconvd, click.Group)
+    context = click.Context(deconvd)
+    commands = {name: deconvd.get_command(context, name) for name in deconvd.list_commands(context)}
+    return {name: each for name, each in commands.items() if each is not None}
+
+
 def client_options() -> dict[str, click.Option]:
     """Return the options of the client's commands by their names."""
-    assert isinstance(deconvd, click.Group)
     return {
         name: option
-        for each in deconvd.commands.values()
+        for each in client_commands().values()
         for option in each.params
         if isinstance(option, click.Option)
         for name in option.opts
     }
+
+
+def test_the_help_of_the_client_has_the_first_line_of_each_commands_own_help() -> None:
+    listed = CliRunner().invoke(deconvd, ["--help"], terminal_width=200).output
+    commands = client_commands()
+
+    assert {"run", "status"} <= set(commands)
+    for name, each in commands.items():
+        assert re.search(
+            rf"^  {name} +{re.escape(each.get_short_help_str(200))}\.?$", listed, re.MULTILINE
+        )
+
+
+def test_a_command_that_there_is_not_is_told_by_its_name() -> None:
+    ended = command("deconvd_client.cli", "state")
+
+    assert ended.returncode == 2
+    assert "No such command 'state'" in ended.stderr
 
 
 def test_what_the_client_reads_from_the_environment_has_its_options_name() -> None:

@@ -62,7 +62,7 @@ def test_unknown_keywords_are_named_in_order(F: Connection) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "kwargs", "message"),
     [
-        (X.tolist(), W, {}, "x must be a numpy or cupy array, or a RemoteTensor, got list"),
+        ({}, W, {}, "x must be an array of numpy, cupy, .*, or a RemoteTensor, got dict"),
         (
             X.astype(int),
             W,
@@ -166,12 +166,32 @@ def test_using_config_holds_for_its_block_and_its_thread(F: Connection) -> None:
     assert not elsewhere.autotune
 
 
+def test_defaults_hold_where_using_config_has_set_nothing(F: Connection) -> None:
+    with F.using_config("autotune", False), F.using_config("use_cudnn", "never"):
+        with F.using_defaults({"autotune": True, "use_cudnn": "always", "allow_tf32": True}):
+            inside = F._config.options
+            with F.using_config("allow_tf32", False):
+                innermost = F._config.options
+        after = F._config.options
+
+    assert (inside.autotune, inside.use_cudnn, inside.allow_tf32) == (False, "never", True)
+    assert not innermost.allow_tf32
+    assert not after.allow_tf32
+
+
+def test_a_wrong_default_is_refused(F: Connection) -> None:
+    with pytest.raises(ValueError, match="use_cudnn must be 'auto', 'always' or 'never'"):
+        with F.using_defaults({"use_cudnn": "sometimes"}):
+            pass
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("cudnn_fast", True, "name must be one of cudnn_deterministic, autotune"),
         ("autotune", "yes", "autotune must be True or False, got 'yes'"),
         ("use_cudnn", "sometimes", "use_cudnn must be 'auto', 'always' or 'never'"),
+        ("use_cudnn_tensor_core", "no", "use_cudnn_tensor_core must be 'auto', 'always' or 'nev"),
     ],
 )
 def test_a_wrong_configuration_is_refused(
@@ -210,6 +230,7 @@ def test_a_call_ends_at_its_deadline_and_the_server_lives_on(server: ServerProce
         assert patient.deconvolution_2d(X, W).shape == (2, 2, 6, 7)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nobody_there_is_said_after_a_few_tries() -> None:
     with (
         deconvd_client.connect("unix:nobody-listens-here") as F,

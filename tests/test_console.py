@@ -162,4 +162,4 @@ def test_a_file_whose_name_is_no_utf8_is_told_without_a_traceback(
     )
 
     assert outcome.returncode in (1, 2)
-    assert ".npy is not an .npy file" in outcome.stderr
+    assert ".npy is not an .npy, .npz, .safetensors or PNG file" in outcome.stderr

@@ -18,7 +18,7 @@ import pytest
 import deconvd_client
 from deconvd.model.dtypes import Array
 from deconvd_client import CallCancelledError, Connection, DeadlineError, InvalidArgumentError
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, only_server
 
 X = np.arange(256, dtype=np.float32).reshape(1, 4, 8, 8)
 W = np.ones((4, 1, 3, 3), np.float32)
@@ -112,7 +112,7 @@ def test_a_key_from_the_environment_is_in_no_pickle(monkeypatch: pytest.MonkeyPa
 
 def tenant_key_of(F: Connection) -> bytes:
     """Return what a connection tells the server."""
-    key: bytes = F._server.residents._session._tenant_key
+    key: bytes = only_server(F).residents._session._tenant_key
     return key
 
 

@@ -18,7 +18,7 @@ from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 from deconvd_server.daemon import Daemon
 from deconvd_server.settings import Settings
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, only_server, server_process
 
 pytestmark = pytest.mark.gpu
 
@@ -59,8 +59,9 @@ def operands(n: int = 3, channels: int = 16, image: int = 24) -> tuple[Array, Ar
 
 def is_lent(F: Connection, array: Any) -> bool:
     """Return whether an array lies in memory that the server lends."""
-    assert F._server._card_dispatcher is not None
-    borrowers = F._server._card_dispatcher._borrowers.values()
+    dispatcher = only_server(F)._card_dispatcher
+    assert dispatcher is not None
+    borrowers = dispatcher._borrowers.values()
     return any(borrower.locate(array) is not None for borrower in borrowers)
 
 
@@ -125,7 +126,7 @@ def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
 
     y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
-    (borrower,) = F._server._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
     taken_bytes = borrower.allocated_bytes
     z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
 
@@ -145,7 +146,7 @@ def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_a
     base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
     for n, y in held:
         np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
-    (borrower,) = F._server._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
     del held, y
     gc.collect()
     assert borrower.allocated_bytes < 2 * W_card.nbytes

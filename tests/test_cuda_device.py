@@ -22,10 +22,11 @@ from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
 from deconvd.model.geometry import Geometry
 from deconvd.model.gradients import Gradients
 from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.wire.ledger import METADATA_KEY, OVERLAP_ENTRY
 from deconvd_server.call.context import CallContext
+from deconvd_server.call.ledger import Stage
 from deconvd_server.device import Operand
 from deconvd_server.device import arriving as device_arriving
 from deconvd_server.device.arriving import ArrivalTimeoutError, wait_for
@@ -52,9 +53,11 @@ OPTIONS = [
     Options(cudnn_deterministic=True),
     Options(use_cudnn=UseCudnn.ALWAYS),
     Options(use_cudnn=UseCudnn.NEVER),
+    Options(use_cudnn_tensor_core=UseCudnnTensorCore.NEVER),
+    Options(use_cudnn=UseCudnn.NEVER, use_cudnn_tensor_core=UseCudnnTensorCore.NEVER),
 ]
 EVERY_OPTIONS = pytest.mark.parametrize(
-    "options", OPTIONS, ids=["default", "deterministic", "always", "never"]
+    "options", OPTIONS, ids=["default", "deterministic", "always", "never", "plain", "plain, never"]
 )
 SOAK_S = 60
 
@@ -852,6 +855,42 @@ def test_a_call_that_has_ended_is_not_computed(cuda: CudaDevice) -> None:
         deconvolve(
             cuda, problem, random_array(problem.x), random_array(problem.W), None, Options(), call
         )
+
+
+class ExpiringCall(CallContext):
+    """A call whose deadline passes when it is asked for it for the n-th time."""
+
+    def __init__(self, expires_at: int) -> None:
+        super().__init__()
+        self._expires_at = expires_at
+        self.checks_count = 0
+        self.stages: list[frozenset[str]] = []  # those that it has had at each check
+
+    def check(self) -> None:
+        self.checks_count += 1
+        self.stages.append(frozenset(self.ledger.times_us) - {Stage.QUEUE})
+        if self.checks_count >= self._expires_at:
+            raise DeadlineError("the call's deadline passed before its work was done")
+
+
+def test_a_deadline_is_looked_at_before_upload_launch_and_download(cuda: CudaDevice) -> None:
+    problem = layer(np.dtype(np.float32), n=1)
+    x, W = random_array(problem.x), random_array(problem.W)
+    steady = Options(cudnn_deterministic=True)
+    whole = ExpiringCall(expires_at=10**9)
+    expected = deconvolve(cuda, problem, x, W, None, steady, whole)
+
+    assert whole.stages[0] == set()
+    assert {Stage.UPLOAD} in whole.stages
+    assert whole.stages[-1] == {Stage.UPLOAD, Stage.COMPUTE}
+    for expires_at in range(1, whole.checks_count + 1):
+        call = ExpiringCall(expires_at)
+        with pytest.raises(DeadlineError):
+            deconvolve(cuda, problem, x, W, None, steady, call)
+        assert call.checks_count == expires_at
+        assert Stage.DOWNLOAD not in call.ledger.times_us
+    y = deconvolve(cuda, problem, x, W, None, steady, CallContext())
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_a_call_whose_time_is_up_does_not_wait_for_tuning(cuda: CudaDevice) -> None:

@@ -15,7 +15,7 @@ import pytest
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
 from deconvd.model.geometry import Geometry
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
@@ -159,3 +159,51 @@ def test_a_card_that_must_be_reset_is_told_from_a_call_that_failed() -> None:
     )
     assert run.stdout.startswith("lost: cuda:0 must be reset")
     assert run.stdout.rstrip().endswith("True")
+
+
+def plain_rate() -> float:
+    """Return the half-precision operations that this card can do in a second without tensor cores, at most.
+
+    Each of a multiprocessor's 128 lanes multiplies and adds two pairs of halves in a cycle.
+    """
+    attributes = cupy.cuda.Device().attributes
+    return float(attributes["MultiProcessorCount"] * attributes["ClockRate"] * 1e3 * 128 * 4)
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+@pytest.mark.parametrize("use_cudnn", UseCudnn)
+@pytest.mark.parametrize("operation", Product)
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES[:2], ids=str)
+def test_no_product_is_faster_than_the_card_without_tensor_cores_where_they_are_kept_out(
+    cuda: CudaDevice, dtype: DType, operation: Product, use_cudnn: UseCudnn, autotune: bool
+) -> None:
+    problem = Problem(
+        TensorSpec((32, 512, 32, 32), dtype),
+        TensorSpec((512, 512, 3, 3), dtype),
+        Geometry(stride=(2, 2), pad=(1, 1)),  # with stride 1 Winograd's way needs fewer operations
+    )
+    operands = {
+        Product.Y: (problem.x, problem.W, problem.y),
+        Product.GX: (problem.y, problem.W, problem.x),
+        Product.GW: (problem.x, problem.y, problem.W),
+    }
+    a, b, out = (on_card(np.zeros(spec.shape, spec.dtype)) for spec in operands[operation])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    operator = Operator(cuda, stream.ptr)
+
+    options = Options(
+        use_cudnn=use_cudnn, autotune=autotune, use_cudnn_tensor_core=UseCudnnTensorCore.NEVER
+    )
+    operator.run(operation, problem, a, b, out, options)
+    stream.synchronize()
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    begin.record(stream)
+    for _ in range(10):
+        operator.run(operation, problem, a, b, out, options)
+    end.record(stream)
+    end.synchronize()
+    operations = 10 * 2 * 32 * 32 * 32 * 512 * 512 * 9
+    rate = float(operations / cupy.cuda.get_elapsed_time(begin, end) * 1e3)
+
+    assert rate < plain_rate()  # with tensor cores, it is three times as much on an H200
+    operator.close()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deconvd.model.geometry import Geometry
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans import store as store_module
@@ -56,6 +56,7 @@ OTHERS = {
     "autotune": with_options(autotune=True),
     "use_cudnn": with_options(use_cudnn=UseCudnn.NEVER),
     "tf32": with_options(allow_tf32=True),
+    "tensor cores": with_options(use_cudnn_tensor_core=UseCudnnTensorCore.NEVER),
 }
 
 
@@ -74,6 +75,24 @@ def test_an_outsize_that_is_the_natural_one_makes_no_difference() -> None:
 def test_tf32_makes_no_difference_where_nothing_is_float32() -> None:
     specs = (TensorSpec((1, 4, 8, 8), FLOAT16), TensorSpec((4, 2, 4, 4), FLOAT16))
     assert with_specs(*specs, Options(allow_tf32=True)) == with_specs(*specs)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_makes_no_difference_where_no_tensor_core_may_be_used(tf32: bool) -> None:
+    never = UseCudnnTensorCore.NEVER
+    key = with_options(use_cudnn_tensor_core=never, allow_tf32=tf32)
+    assert key == OTHERS["tensor cores"]
+    assert not key.options.allow_tf32
+
+
+def test_tensor_cores_always_is_the_same_as_when_they_are_the_fastest() -> None:
+    assert with_options(use_cudnn_tensor_core=UseCudnnTensorCore.ALWAYS) == KEY
+
+
+def test_a_store_that_is_older_than_the_option_for_tensor_cores_is_still_read() -> None:
+    assert digest_of(KEY.fields()) == (
+        "ab0da99dc7907bef0bc50fb1da8832352b318088829826932e7fc03a352b26a9"
+    )
 
 
 def test_the_order_of_fields_makes_no_difference_to_their_name() -> None:

@@ -15,6 +15,7 @@ import pytest
 import deconvd_client
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection
+from tests.scrapes import metrics_address, scrape
 from tests.servers import ServerProcess, server_process
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,31 @@ def test_status_shows_cards_memory_and_caches(server: ServerProcess) -> None:
     caches = {cache.name: cache for cache in card.caches}
     assert caches["plans"].count > 0
     assert all(cache.limit_bytes > 0 for cache in card.caches)
+
+
+def test_metrics_tell_cards_caches_and_the_stages_of_calls(tmp_path: Path) -> None:
+    with (
+        server_process(tmp_path, "--metrics-port", "0", device="cuda:0") as server,
+        deconvd_client.connect(server.target) as F,
+    ):
+        address = metrics_address(server)
+        for _ in range(3):
+            F.deconvolution_2d(X, W)
+        with F.put(X) as x:
+            F.deconvolution_2d(x, W)
+            scraped = scrape(address)
+
+    caches = {"plans", "device buffers", "pinned buffers", "host buffers", "resident tensors"}
+    name = "deconvd_cache_entries"
+    assert scraped.label_values(name, "cache") == {*caches, "resident tensors in host memory"}
+    assert scraped.label_values(name, "device") == {"cuda:0", "host"}
+    assert scraped.value(name, cache="plans") > 0
+    assert scraped.value(name, cache="resident tensors", device="cuda:0") == 1
+    assert scraped.value("deconvd_cache_hits_total", cache="plans") > 0
+    for stage in ("queue", "upload", "compute", "download", "server"):
+        assert scraped.value("deconvd_call_stage_seconds_count", stage=stage) >= 4
+    assert scraped.value("deconvd_device_memory_bytes", use="reserved") >= X.nbytes
+    assert "NVIDIA" in scraped.label_values("deconvd_device_info", "name").pop()
 
 
 @pytest.mark.parametrize("threads_count", [1, 8])

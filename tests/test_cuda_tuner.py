@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd_server.device.cuda.cudnn.enums import NumericalNote
 from deconvd_server.device.cuda.cudnn.search import EngineRules
 from deconvd_server.device.cuda.plans.candidate import Candidate
@@ -167,6 +167,12 @@ def test_tf32_and_narrower_sums_are_kept_out_of_results_that_promise_more() -> N
         assert always <= notes(Options(allow_tf32=True), dtype)
         assert NumericalNote.NONDETERMINISTIC in notes(STEADY, dtype)
         assert NumericalNote.NONDETERMINISTIC not in notes(Options(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_tensor_cores_are_kept_out_of_every_element_type(dtype: type) -> None:
+    never = Options(use_cudnn_tensor_core=UseCudnnTensorCore.NEVER, allow_tf32=True)
+    assert NumericalNote.TENSOR_CORE in notes(never, dtype)
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ EXAMPLES: dict[FrameKind, Event | PendingElements] = {
     FrameKind.END: EndOfStream("server_us=1"),
     FrameKind.FAILED: CallFailure(STATUS),
     FrameKind.PROGRESS: ProgressReport(1 << 40),
-    FrameKind.ANSWER: Answer(b"y", "server_us=1"),
+    FrameKind.ANSWER: Answer(b"y", "server_us=1", 4),
     FrameKind.STRIPED_CALL: STRIPED_CALL,
     FrameKind.STRIPE: StripeHead(TRANSFER),
     FrameKind.PIECE: PieceHead(258),
@@ -91,7 +91,7 @@ EXAMPLES: dict[FrameKind, Event | PendingElements] = {
 }
 
 FRAMES = {
-    FrameKind.HELLO: "01000000 14000000 64636436" + INSTANCE.hex(),
+    FrameKind.HELLO: "01000000 14000000 64636437" + INSTANCE.hex(),
     FrameKind.CALL: "02000000 19000000 01 00 000000000000 80c3c90100000000 0000000000000000 78",
     FrameKind.OVERLAPPED_CALL: "02000000 19000000 02 01 000000000000 80c3c90100000000 0700000000000000 78",
     FrameKind.STREAM_CALL: "02000000 19000000 05 00 000000000000 80c3c90100000000 0000000000000000 78",
@@ -101,7 +101,7 @@ FRAMES = {
     FrameKind.END: "06000000 0b000000" + b"server_us=1".hex(),
     FrameKind.FAILED: "07000000 0b000000 0808 1207" + b"no room".hex(),
     FrameKind.PROGRESS: "08000000 08000000 0000000000010000",
-    FrameKind.ANSWER: "09000000 14000000 0b00 000000000000" + b"server_us=1y".hex(),
+    FrameKind.ANSWER: "09000000 14000000 0b00 04 0000000000" + b"server_us=1y".hex(),
     FrameKind.STRIPED_CALL: "0d000000 21000000 02 04 000000000000 80c3c90100000000"
     + TRANSFER.hex()
     + "78",
@@ -109,7 +109,7 @@ FRAMES = {
     FrameKind.PIECE: "0f000000 08000000 0201000000000000",
     FrameKind.PACKED_ELEMENTS: "10000000 09000000",
 }
-"""Each example on the line: what both ends of the version "dcd6" rely on."""
+"""Each example on the line: what both ends of the version "dcd7" rely on."""
 
 KINDS = pytest.mark.parametrize("kind", FrameKind, ids=lambda kind: kind.name)
 ROLES = pytest.mark.parametrize("role", Role, ids=lambda role: role.name)
@@ -147,7 +147,7 @@ EVENTS: dict[FrameKind, st.SearchStrategy[Event | PendingElements]] = {
     FrameKind.END: st.builds(EndOfStream, LEDGERS),
     FrameKind.FAILED: st.builds(CallFailure, st.builds(status_pb2.Status, message=LEDGERS)),
     FrameKind.PROGRESS: st.builds(ProgressReport, st.integers(0, 2**64 - 1)),
-    FrameKind.ANSWER: st.builds(Answer, MESSAGES, LEDGERS),
+    FrameKind.ANSWER: st.builds(Answer, MESSAGES, LEDGERS, st.integers(0, 255)),
     FrameKind.STRIPED_CALL: st.builds(
         StripedCallHead,
         st.sampled_from([MethodCode.Deconvolve, MethodCode.DeconvolveGrad]),
@@ -436,7 +436,7 @@ def test_elements_are_taken_before_anything_else_and_no_more_than_there_are() ->
         ),
         (
             ProtocolState.HANDSHAKE,
-            pack_frame(FrameKind.HELLO, b"dcd6" + bytes(range(1, 17))),
+            pack_frame(FrameKind.HELLO, b"dcd7" + bytes(range(1, 17))),
             "another server instance",
         ),
         (

@@ -20,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import deconvd_client
+from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.geometry import Geometry
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
@@ -87,6 +88,33 @@ def test_a_client_that_does_not_read_its_answer_does_not_hold_up_a_drain(tmp_pat
     assert duration_s < 1 + SLACK_S
 
 
+def test_calls_are_served_until_balancers_have_noticed_and_a_second_signal_ends_that(
+    tmp_path: Path,
+) -> None:
+    options = ("--drain-delay-s", "600")
+    with (
+        server_process(tmp_path, *options, listen=("127.0.0.1:0",)) as server,
+        grpc.insecure_channel(server.target) as channel,
+        deconvd_client.connect(server.target, fail_fast=True) as F,
+    ):
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        F.deconvolution_2d(X, W)
+        server.process.send_signal(signal.SIGTERM)
+        for status in health.Watch(health_pb2.HealthCheckRequest(), timeout=30):
+            if status.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                break
+        for _ in range(3):
+            F.deconvolution_2d(X, W)
+        with deconvd_client.connect(server.target, fail_fast=True) as newcomer:
+            newcomer.deconvolution_2d(X, W)
+        alive = health.Check(health_pb2.HealthCheckRequest(service="liveness"), timeout=30)
+        exit_code, duration_s = ends(server)
+
+    assert alive.status == health_pb2.HealthCheckResponse.SERVING
+    assert exit_code in (ExitCode.DRAINED, ExitCode.CUT_SHORT)  # CUT_SHORT on a busy machine
+    assert duration_s < SLACK_S
+
+
 @contextmanager
 def stuck_server(directory: Path, drain_timeout_s: float) -> Iterator[ServerProcess]:
     """A server with a call that never ends, by gRPC and directly."""
@@ -100,7 +128,7 @@ def stuck_server(directory: Path, drain_timeout_s: float) -> Iterator[ServerProc
     ):
         try:
             assert process.stdout is not None
-            target = process.stdout.readline().split(" on ")[1].strip()
+            target = address_in_startup_line(process.stdout.readline())
             for transport in ("grpc", "tcp"):
                 callers.submit(_call_in_vain, target, transport)
                 assert process.stdout.readline() == "stuck\n"

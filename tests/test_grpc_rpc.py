@@ -45,7 +45,7 @@ def done() -> list[Rpc]:
 @pytest.fixture
 def rpc(call: Call, done: list[Rpc]) -> Rpc:
     details = SimpleNamespace(method=b"/service/method", deadline=math.inf)
-    event = SimpleNamespace(call_details=details, call=call)
+    event = SimpleNamespace(invocation_metadata=(), call_details=details, call=call)
     return Rpc(event, lambda _delay_s, _work: None, done.append)
 
 

@@ -22,7 +22,7 @@ from tests.interrupts import (
     interrupt_at_random,
     interrupt_everywhere,
 )
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, only_server, server_process
 
 # what an interrupted call has opened is closed when it is dropped
 pytestmark = [
@@ -68,7 +68,7 @@ def case(samples_count: int, pixels_count: int) -> Case:
 
 SMALL = case(1, 8)
 MIDDLE = case(2, 128)
-LARGE = case(24, 128)
+LARGE = case(16, 128)
 
 
 def check(y: Array, wanted: Case) -> None:
@@ -147,9 +147,9 @@ def G(both: ServerProcess, way: str) -> Iterator[Connection]:
 def check_way(G: Connection, way: str) -> None:
     """Check that calls go by the way that they went before."""
     array = G.empty(MIDDLE.x.shape, "f4")
-    assert (G._server.borrower.locate(array) is not None) == (way == "shared_memory")
-    assert G._server.borrower.borrowed_bytes <= _BORROWED_BYTES
-    direct = G._server.route.target_stub.direct
+    assert (only_server(G).borrower.locate(array) is not None) == (way == "shared_memory")
+    assert only_server(G).borrower.borrowed_bytes <= _BORROWED_BYTES
+    direct = only_server(G).route.target_stub.direct
     assert (direct is None) == (way == "grpc")
     if direct is not None:
         assert direct.may_connect

@@ -23,7 +23,7 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.tensor import message_from_array, message_from_spec
 from deconvd_client import Connection
 from tests.processes import lent_bytes, process_resources, wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, only_server, server_process
 
 CALLS_COUNT = 1000
 CALLERS_COUNT = 4
@@ -66,7 +66,7 @@ def callers(leak_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iter
             for target, transport in ((unix, "shared_memory"), (unix, "unix"), (tcp, "tcp"))
         ]
         stub = pb_grpc.DeconvolutionServiceStub(stack.enter_context(grpc.insecure_channel(tcp)))
-        direct = connections[0]._server.route.target_stub.direct
+        direct = only_server(connections[0]).route.target_stub.direct
         assert direct is not None
         # although the processor follows no copy
         monkeypatch.setattr(direct._overlap_backoff, "is_due", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import socket
@@ -22,7 +23,7 @@ from deconvd.direct.events import Answer, CallFailure, FrameKind, MessagePart, M
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.tensor import message_from_array
-from deconvd_server.log_text import LogFormatter, excerpt
+from deconvd_server.log_text import FIELDS, REPEATS, JsonLogFormatter, LogFormatter, excerpt
 from tests.direct_calls import REQUEST, X, get_server_info, is_serving, open_stream, send_call
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
@@ -31,6 +32,8 @@ from tests.stream_pairs import send_raw
 FORGED = "\nERROR deconvd_server: a device is lost\x1b[2J\u202e" + 4096 * "A"
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: .+")
 LONGEST_LINE = 500
+LONGEST_FIRST_LINE = 1000
+"""The longest that says what serves where: it has the paths of a test's folder."""
 
 
 @pytest.fixture
@@ -43,7 +46,8 @@ def running(tmp_path: Path) -> Iterator[ServerProcess]:
     for line in lines:
         assert RECORD.fullmatch(line), line
         assert line.isprintable()
-        assert len(line) < LONGEST_LINE
+        is_first = " deconvd_server: deconvd " in line and " serves on " in line
+        assert len(line) < (LONGEST_FIRST_LINE if is_first else LONGEST_LINE)
 
 
 def stream_header() -> bytes:
@@ -190,3 +194,80 @@ def test_whoever_logs_a_text_of_many_lines_logs_one_record() -> None:
     assert all(line.startswith("    ") and line.isprintable() for line in others)
     assert r"RuntimeError: \udcff" in others[-2]
     assert "    ERROR deconvd_server: a device is lost" in others[-1]
+
+
+@pytest.mark.parametrize("formatter", [LogFormatter(), JsonLogFormatter()])
+def test_metadata_that_is_not_utf8_makes_one_line_that_quotes_nothing(
+    formatter: logging.Formatter,
+) -> None:
+    metadata = b"Bearer dcd_a-good-token\xeb" + bytes(range(200))
+    try:
+        metadata.decode()
+    except UnicodeDecodeError:
+        arguments = ("Invalid encoding on %s", (metadata,), sys.exc_info())
+        record = logging.LogRecord("grpc._cython.cygrpc", logging.ERROR, "", 0, *arguments)
+
+    (line,) = formatter.format(record).splitlines()
+
+    assert "a call's metadata has 224 bytes that are not UTF-8" in line
+    assert "dcd_" not in line
+    assert record.exc_info  # which other handlers may want
+
+
+@pytest.mark.parametrize(
+    ("logger", "error"),
+    [
+        ("grpc._cython.cygrpc", ZeroDivisionError("an error")),
+        ("deconvd_server", UnicodeDecodeError("utf-8", b"a file", 0, 1, "an error")),
+    ],
+)
+def test_other_errors_are_quoted_whole(logger: str, error: Exception) -> None:
+    exc_info = (type(error), error, None)
+    record = logging.makeLogRecord({"name": logger, "msg": "failed", "exc_info": exc_info})
+
+    head, *_, last = LogFormatter().format(record).splitlines()
+
+    assert head.endswith(f"{logger}: failed")
+    assert last == f"    {type(error).__name__}: {error}"
+
+
+def as_json(**attributes: object) -> str:
+    record = logging.makeLogRecord({"name": "a", "levelname": "INFO", **attributes})
+    return JsonLogFormatter().format(record)
+
+
+def test_json_is_one_line_whatever_a_text_contains() -> None:
+    line = as_json(msg="%s", args=('"},\n{"level": "error\u2028\x1b[2J',), created=0.25, msecs=250)
+
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line) == {
+        "time": "1970-01-01T00:00:00.250Z",
+        "level": "info",
+        "logger": "a",
+        "message": '"},\n{"level": "error\u2028\x1b[2J',
+    }
+
+
+def test_json_has_the_fields_of_a_record_and_its_traceback() -> None:
+    try:
+        raise ZeroDivisionError("a\nb")
+    except ZeroDivisionError as error:
+        exc_info = (type(error), error, error.__traceback__)
+    entry = json.loads(as_json(msg="failed", exc_info=exc_info, **{FIELDS: {"status": "OK"}}))
+
+    assert entry["status"] == "OK"
+    assert entry["traceback"].endswith("ZeroDivisionError: a\nb")
+
+
+@pytest.mark.parametrize(("count", "more"), [(0, ""), (1, " (and 1 more like this)")])
+def test_a_record_says_how_many_like_it_were_left_out(count: int, more: str) -> None:
+    attributes = {"name": "a", "levelname": "INFO", "msg": "refused", REPEATS: count}
+
+    assert LogFormatter().format(logging.makeLogRecord(attributes)).endswith(f"a: refused{more}")
+    assert json.loads(as_json(**attributes)).get("repeats", 0) == count
+
+
+def test_a_record_that_does_not_repeat_does_not_say_so() -> None:
+    assert LogFormatter().format(logging.makeLogRecord({"msg": "started"})).endswith(": started")
+    assert json.loads(as_json(msg="started")).keys() == {"time", "level", "logger", "message"}

@@ -23,7 +23,7 @@ from deconvd_client.residents.session_thread import SessionInfo
 from tests.direct_calls import get_server_info
 from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, only_server, server_process
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["auto", "tcp", "grpc"])
 
@@ -133,7 +133,7 @@ def test_filters_are_sent_while_the_session_is_being_opened(
     W = filter_of_512_kb(3)
     with deconvd_client.connect(target, transport="grpc") as F:
         F.deconvolution_2d(X, W)
-        wait_until(lambda: F._server.residents.has_session)
+        wait_until(lambda: only_server(F).residents.has_session)
         F.deconvolution_2d(X, W)  # is remembered
         before = proxy.connections[-1].sent_bytes
 
@@ -181,7 +181,7 @@ def test_a_near_socket_is_found_beside_calls_and_used_from_then_on(
     large = np.ones((1, 1, 300, 300), np.float32)
     with deconvd_client.connect(near_server.target) as F:
         F.deconvolution_2d(ONE, ONE)
-        route = F._server.route
+        route = only_server(F).route
         wait_until(lambda: route.current_stub not in (None, route.target_stub))
         mark = len(near_server.log.read_text())
         F.deconvolution_2d(ONE, ONE)

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.geometry import Geometry
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.model.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import (
@@ -61,10 +61,13 @@ def test_a_value_out_of_range_is_refused(message: pb.Geometry, argument: str) ->
 
 
 @pytest.mark.parametrize("use", UseCudnn)
+@pytest.mark.parametrize("tensor_core", UseCudnnTensorCore)
 @pytest.mark.parametrize("switches", [*itertools.product([False, True], repeat=3)], ids=str)
-def test_options_cross_the_wire_whole(use: UseCudnn, switches: tuple[bool, bool, bool]) -> None:
+def test_options_cross_the_wire_whole(
+    use: UseCudnn, tensor_core: UseCudnnTensorCore, switches: tuple[bool, bool, bool]
+) -> None:
     deterministic, autotune, tf32 = switches
-    options = Options(deterministic, autotune, use, tf32)
+    options = Options(deterministic, autotune, use, tf32, tensor_core)
 
     sent = message_from_options(options).SerializeToString()
 
@@ -75,18 +78,25 @@ def test_an_empty_message_is_the_default_options() -> None:
     assert options_from_message(pb.Options()) == Options()
 
 
+def test_tensor_cores_may_be_left_to_the_server_by_name_too() -> None:
+    message = pb.Options(use_cudnn_tensor_core=pb.USE_CUDNN_TENSOR_CORE_AUTO)
+    assert options_from_message(message) == Options()
+
+
+@pytest.mark.parametrize("name", ["use_cudnn", "use_cudnn_tensor_core"])
 @pytest.mark.parametrize("number", [4, -1, 2**31 - 1])
-def test_a_use_of_cudnn_that_the_schema_has_not_is_refused(number: int) -> None:
+def test_a_use_that_the_schema_has_not_is_refused(name: str, number: int) -> None:
     # from the wire, since the message's own constructor knows the schema
-    field = pb.Options.DESCRIPTOR.fields_by_name["use_cudnn"].number
+    field = pb.Options.DESCRIPTOR.fields_by_name[name].number
     message = pb.Options.FromString(bytes([field << 3]) + _varint(number))
 
     with pytest.raises(InvalidArgumentError) as raised:
         options_from_message(message)
 
-    names = "UNSPECIFIED, USE_CUDNN_AUTO, USE_CUDNN_ALWAYS, USE_CUDNN_NEVER"
-    assert str(raised.value) == f"use_cudnn must be one of USE_CUDNN_{names}, got number {number}"
-    assert raised.value.argument == "use_cudnn"
+    words = ("UNSPECIFIED", "AUTO", "ALWAYS", "NEVER")
+    names = ", ".join(f"{name.upper()}_{word}" for word in words)
+    assert str(raised.value) == f"{name} must be one of {names}, got number {number}"
+    assert raised.value.argument == name
 
 
 def _varint(number: int) -> bytes:

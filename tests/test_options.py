@@ -7,32 +7,35 @@ from typing import Any
 import pytest
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 
 
 def test_options_left_out_have_chainers_defaults() -> None:
     options = Options()
 
     assert (options.cudnn_deterministic, options.autotune, options.allow_tf32) == (False,) * 3
-    assert options.use_cudnn == "auto"
+    assert (options.use_cudnn, options.use_cudnn_tensor_core) == ("auto", "auto")
 
 
 @pytest.mark.parametrize("use", ["auto", "always", "never"])
-def test_use_cudnn_may_be_given_as_chainers_string(use: Any) -> None:
-    options = Options(use_cudnn=use)
+def test_uses_may_be_given_as_chainers_strings(use: Any) -> None:
+    options = Options(use_cudnn=use, use_cudnn_tensor_core=use)
+    same = Options(use_cudnn=UseCudnn(use), use_cudnn_tensor_core=UseCudnnTensorCore(use))
 
     assert isinstance(options.use_cudnn, UseCudnn)
-    assert options == Options(use_cudnn=UseCudnn(use))
-    assert hash(options) == hash(Options(use_cudnn=UseCudnn(use)))
+    assert isinstance(options.use_cudnn_tensor_core, UseCudnnTensorCore)
+    assert options == same
+    assert hash(options) == hash(same)
 
 
+@pytest.mark.parametrize("name", ["use_cudnn", "use_cudnn_tensor_core"])
 @pytest.mark.parametrize("use", ["Auto", "", None, True, 1, ["auto"]])
-def test_another_use_cudnn_is_refused(use: Any) -> None:
+def test_another_use_is_refused(name: str, use: Any) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
-        Options(use_cudnn=use)
+        Options(**{name: use})
 
-    assert str(raised.value) == f"use_cudnn must be 'auto', 'always' or 'never', got {use!r}"
-    assert raised.value.argument == "use_cudnn"
+    assert str(raised.value) == f"{name} must be 'auto', 'always' or 'never', got {use!r}"
+    assert raised.value.argument == name
 
 
 @pytest.mark.parametrize("name", ["cudnn_deterministic", "autotune", "allow_tf32"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -12,12 +13,18 @@ from zipfile import ZipFile
 
 import pytest
 
+import deconvd
 from tests.environments import ROOT, Environment, fresh_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 README = (ROOT / "README.md").read_text()
 START = r"^    pip install (?P<what>\S+) .*\n    (?P<server>deconvd-server .*)\n"
+COMMANDS = {"deconvd", "deconvd-health", "deconvd-server"}
+LIST = """
+import json, importlib.metadata
+print(json.dumps(sorted([d.name, d.version] for d in importlib.metadata.distributions())))
+"""
 CALL = """
 import numpy as np, deconvd_client
 with deconvd_client.connect("unix:deconvd.sock") as F:
@@ -73,8 +80,12 @@ def test_the_client_alone_needs_no_server_and_a_server_says_what_it_lacks(
     environment.install(str(built_wheel))
 
     assert "Usage: deconvd " in environment.output("deconvd", "--help")
-    for lacking, next_package in (("grpc_reflection", "grpcio-reflection"), ("threadpoolctl", "")):
-        ended = environment.run("deconvd-server", "--device", "cpu")
+    for lacking, next_package, *options in (
+        ("grpc_reflection", "grpcio-reflection"),
+        ("threadpoolctl", "threadpoolctl"),
+        ("prometheus_client", "", "--metrics-port", "0"),
+    ):
+        ended = environment.run("deconvd-server", "--device", "cpu", *options)
         assert ended.returncode == 1
         assert ended.stderr.startswith(f"deconvd-server: {lacking} is missing. Install deconvd")
         assert "pip install '.[server]'" in ended.stderr
@@ -95,15 +106,29 @@ def test_what_the_readme_shows_first_works_in_a_checkout(environment: Environmen
     served(environment, commands["server"], script)
 
 
-def test_what_the_container_image_is_built_of_makes_the_wheel(environment: Environment) -> None:
-    allowed = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
-    for path in map(ROOT.joinpath, allowed):
-        copy = shutil.copytree if path.is_dir() else shutil.copy
-        copy(path, environment.directory / path.name)
+def test_what_the_container_image_is_built_of_makes_a_server_and_lists_its_packages(
+    tmp_path: Path,
+) -> None:
+    source, folder = tmp_path / "source", tmp_path / "deconvd"
+    for name in re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, source / name)
 
-    environment.output("pip", "wheel", "--quiet", "--no-deps", ".")
+    subprocess.run(
+        [source / "deploy/install.sh", folder, "server"], check=True, capture_output=True
+    )
 
-    assert list(environment.directory.glob("deconvd-*.whl"))
+    listed = subprocess.run(
+        [folder / "bin/python", "-I", "-c", LIST], check=True, capture_output=True, text=True
+    )
+    sbom = json.loads((folder / "sbom.cdx.json").read_text())
+    components = [sbom["metadata"]["component"], *sbom["components"]]
+    assert sorted([one["name"], one["version"]] for one in components) == json.loads(listed.stdout)
+    assert ["deconvd", deconvd.__version__] in json.loads(listed.stdout)
+    assert {path.name for path in folder.glob("bin/deconvd*")} == COMMANDS
+    assert not list(folder.glob("bin/pip*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deconvd", "source"]
 
 
 def check_out(directory: Path) -> None:

@@ -130,3 +130,14 @@ def test_a_session_is_needed_where_something_is_named_or_kept() -> None:
     needs = [parse_request(DECONVOLVE, m).needs_session for m in (request(PROBLEM), kept, named)]
 
     assert needs == [False, True, True]
+
+
+def test_what_a_request_says_about_its_call_makes_no_difference() -> None:
+    plain, named = request(PROBLEM), request(PROBLEM)
+    named.telemetry.request_id = "of one call"
+
+    parsed = parse_request(DECONVOLVE, plain)
+
+    assert parse_request(DECONVOLVE, named) is parsed
+    assert parse_request(DECONVOLVE, named, named.SerializeToString()) is parsed
+    assert named.telemetry.request_id == "of one call"

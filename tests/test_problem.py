@@ -171,7 +171,7 @@ def test_channels_that_disagree_are_shown_for_both_operands() -> None:
 
     assert str(raised.value) == (
         "W must have as many input channels, W.shape[0], as x has, x.shape[1]: "
-        "got float32 of shape (5, 2, 3, 1) for x float32 of shape (2, 6, 4, 5)"
+        "got W.shape (5, 2, 3, 1) for x.shape (2, 6, 4, 5)"
     )
 
 

@@ -20,6 +20,8 @@ from tests.servers import ServerProcess, server_process
 
 X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 1, 3, 3), np.float32)
+pytestmark = pytest.mark.usefixtures("impatient")
+
 VARIABLES = ["grpc_proxy", "https_proxy", "http_proxy"]
 
 

@@ -72,3 +72,41 @@ def test_no_tenant_has_of_anothers_quota() -> None:
     assert quotas.used_bytes(other) == 0
     assert quotas.have_room(other, 100)
     assert not quotas.have_room(one, 1)
+
+
+def test_the_tenants_of_one_identity_have_one_quota() -> None:
+    quotas = Quotas()
+    one, other = Tenant(100, b"one", "alice"), Tenant(100, b"other", "alice")
+
+    quotas.take(one, 60)
+    quotas.take(other, 30)
+    assert quotas.used_bytes(one) == quotas.used_bytes(other) == 90
+    assert not quotas.have_room(other, 11)
+    assert quotas.have_room(Tenant(100, b"one", "bob"), 100)
+
+    quotas.give_back(one, 60)
+    assert quotas.used_bytes(one) == 30
+    assert quotas.have_room(one, 70)
+    quotas.give_back(other, 30)
+    assert quotas.used_bytes(other) == 0
+
+
+def test_of_one_identitys_quota_its_tenants_have_equal_parts() -> None:
+    quotas = Quotas()
+    large, small, new = (Tenant(90, key, "alice") for key in (b"large", b"small", b"new"))
+    quotas.take(large, 46)
+
+    assert quotas.exceeds_part(large, small)  # a half, as soon as another one asks
+    assert quotas.is_within_part(small, 45)
+    assert not quotas.is_within_part(small, 46)
+    assert quotas.is_within_part(large, 44)
+    assert not quotas.is_within_part(large, 45)
+    assert not quotas.exceeds_part(large, large)
+    quotas.take(small, 45)
+    assert not quotas.exceeds_part(small, large)
+    assert quotas.exceeds_part(small, new)  # a third
+    quotas.give_back(large, 1)
+    assert not quotas.exceeds_part(large, small)
+    quotas.give_back(large, 45)
+    assert not quotas.exceeds_part(small, small)
+    assert not Quotas().exceeds_part(large, small)

@@ -19,11 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
-from deconvd_client import connect
+from deconvd_client import Connection, connect
 from tests.cgroups import Cgroup, cgroup
+from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 from tests.soak.hostile.http2 import HEALTH, REFLECTION, SERVICE, Http2
-from tests.soak.hostile.requests import of_a_huge_kernel, stream_of, tensor
+from tests.soak.hostile.requests import of_a_huge_kernel, of_one_pixel, stream_of, tensor
 
 MEMORY_BYTES = 600_000_000
 MESSAGE_BYTES = 60_000_000
@@ -36,6 +37,8 @@ W = np.ones((8, 4, 4, 4), np.float32)
 HELD = pb.HoldSessionRequest().SerializeToString()
 WATCHED = health_pb2.HealthCheckRequest().SerializeToString()
 STREAMED = stream_of(pb.DeconvolveRequest(x=tensor((64, 1, 512, 512)), w=tensor((1, 1, 3, 3))))
+ANNOUNCED_BYTES = 50_000_000
+ANNOUNCED = stream_of(of_one_pixel(None, side=2500))
 SLOW = of_a_huge_kernel().SerializeToString()
 
 WAYS: dict[str, tuple[str, bytes | None]] = {
@@ -75,12 +78,16 @@ def serving(directory: Path) -> Iterator[Serving]:
         serving.assert_lives()
 
 
-def half_messages(stack: ExitStack, target: str, path: str, before: bytes | None) -> None:
-    """Make eight calls on one connection, each with a message that lacks its last byte."""
+def hostile_connection(target: str) -> socket.socket:
     port = int(target.rpartition(":")[2])
     connection = socket.create_connection(("127.0.0.1", port), source_address=(HOSTILE, 0))
     connection.settimeout(2)
-    client = stack.enter_context(Http2(connection))
+    return connection
+
+
+def half_messages(stack: ExitStack, target: str, path: str, before: bytes | None) -> None:
+    """Make eight calls on one connection, each with a message that lacks its last byte."""
+    client = stack.enter_context(Http2(hostile_connection(target)))
     with suppress(OSError):  # what the server does to it
         for _ in range(8):
             stream = client.begin(path)
@@ -148,9 +155,10 @@ def test_a_large_message_alone_is_served(tmp_path: Path) -> None:
 
 
 def test_a_proxy_with_many_small_calls_at_once_notices_nothing(tmp_path: Path) -> None:
-    """Of one peer 72 may wait for the processor."""
+    """Of one peer 72 may wait for the processor, and these say that they would."""
     path, before = WAYS["first message"]
-    request = pb.DeconvolveRequest(x=tensor(X.shape, X.tobytes()), w=tensor(W.shape, W.tobytes()))
+    x, w = tensor(X.shape, X.tobytes()), tensor(W.shape, W.tobytes())
+    request = pb.DeconvolveRequest(x=x, w=w, waits=True)
     with serving(tmp_path) as here, ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(8))
         channel = stack.enter_context(grpc.insecure_channel(here.server.target))
@@ -176,3 +184,37 @@ def test_eight_who_stream_at_once_are_served(tmp_path: Path) -> None:
                 return bool((F.deconvolution_2d(x, w) == x).all())
 
         assert all(threads.map(stream, range(8)))
+
+
+def streams_bytes(F: Connection) -> int:
+    counts = F.server_info().counts
+    assert counts is not None
+    return next(use.used_bytes for use in counts.memory if use.name == "streams")
+
+
+def test_what_budgets_count_before_it_is_allocated_is_taken_from_nobody_later(
+    tmp_path: Path,
+) -> None:
+    """Streams that announce much and send nothing do not lower what the process is thought to take at rest."""
+    x, w = np.ones((1, 8, 1024, 512), np.float32), np.ones((8, 1, 1, 1), np.float32)
+    without_pools = {"deconvd_server.backend:_POOLS_COUNT": 0}
+    with (
+        cgroup(memory_bytes=MEMORY_BYTES) as group,
+        server_process(
+            tmp_path, listen=("127.0.0.1:0",), within=group, constants=without_pools
+        ) as server,
+        connect(server.target, transport="grpc", timeout_s=20) as F,
+    ):
+        with ExitStack() as stack:
+            attacker = stack.enter_context(Http2(hostile_connection(server.target)))
+            for _ in range(8):
+                attacker.call(f"{SERVICE}DeconvolveStream", ANNOUNCED, is_last=False)
+            wait_until(lambda: streams_bytes(F) > ANNOUNCED_BYTES)
+            until_s = time.monotonic() + 1  # it is measured several times meanwhile
+            while time.monotonic() < until_s:
+                F.deconvolution_2d(X, W)
+        wait_until(lambda: streams_bytes(F) == 0)
+        for _ in range(8):
+            np.testing.assert_array_equal(F.deconvolution_2d(x, w), x.sum(axis=1, keepdims=True))
+
+        assert "not admitted yet" not in server.log.read_text()

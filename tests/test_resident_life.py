@@ -333,6 +333,7 @@ def test_a_server_that_keeps_nothing_says_so(socket_directory: Path) -> None:
             assert isinstance(error_of(failure), ExhaustedError)
 
 
+@pytest.mark.usefixtures("unmeasured", "small")  # in this order
 def test_ten_thousand_puts_and_drops_leave_the_servers_memory_flat(small: ServerProcess) -> None:
     with open_session(small.target) as held:
         array = np.ones((4, 4096), np.float32)

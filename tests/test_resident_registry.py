@@ -357,6 +357,37 @@ def test_what_has_no_room_moves_to_the_host_and_comes_back_when_used() -> None:
         assert len(built.registry.names_of(session)) == 6
 
 
+def test_all_tenants_together_have_the_sum_and_what_was_counted_stays_when_they_end() -> None:
+    with make_registry_fixture(host_bytes=32 * KIB) as built:
+        sessions = [built.open(), built.open()]
+        for number, session in enumerate(sessions):
+            for name in (b"a", b"b", b"c"):
+                built.put(session, name, array(number))
+        entry = built.registry.acquire_by_name(sessions[1], b"c", "x", CallContext())
+        built.registry.operand(entry, built.engine, CallContext())
+        built.registry.release(entry)
+        full = built.registry.whole_states()
+        own = [built.registry.cache_states(built.engine, each.tenant) for each in sessions]
+        for session in sessions:
+            built.sessions.end(session, session.close_stream)
+        ended = built.registry.whole_states()
+
+    assert full.keys() == {built.engine.info.id, "host"}
+    for state, parts in zip(full.values(), zip(*own, strict=True), strict=True):
+        assert (state.name, state.limit_bytes) == (parts[0].name, parts[0].limit_bytes)
+        for field in ("count", "size_bytes", "hits_count", "misses_count", "evictions_count"):
+            assert getattr(state, field) == sum(getattr(each, field) for each in parts)
+    device, host = full.values()
+    assert (device.count, host.count) == (4, 2)
+    assert (device.hits_count, device.evictions_count) == (1, 2)
+    for state, before in zip(ended.values(), full.values(), strict=True):
+        assert (state.count, state.size_bytes) == (0, 0)
+        assert (state.hits_count, state.evictions_count) == (
+            before.hits_count,
+            before.evictions_count,
+        )
+
+
 def test_what_cannot_come_back_is_used_from_the_host() -> None:
     with make_registry_fixture(host_bytes=16 * KIB, device_bytes=16 * KIB) as built:
         session = built.open()

@@ -23,7 +23,7 @@ from benchmarks.wire import CountingProxy, count_traffic
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
-from tests.servers import ServerProcess, call_until_served, server_process
+from tests.servers import ServerProcess, call_until_served, only_server, server_process
 from tests.session_clients import open_session
 
 MIB = 1 << 20
@@ -48,9 +48,12 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
 
 @pytest.fixture(params=["tcp", "unix", "shared_memory"])
 def way(request: pytest.FixtureRequest, tcp_server: ServerProcess) -> Iterator[Connection]:
-    """A connection by each way in turn."""
+    """A connection by each way in turn. Otherwise it learns when slices pay, and they change the order of sums."""
     target = tcp_server.targets[0 if request.param == "tcp" else 1]
-    with deconvd_client.connect(target, transport=request.param) as connection:
+    with (
+        deconvd_client.connect(target, transport=request.param) as connection,
+        connection.using_config("cudnn_deterministic", True),
+    ):
         yield connection
 
 
@@ -243,7 +246,7 @@ class TestOnTheWire:
         with deconvd_client.connect(server.target) as F:
             F.deconvolution_2d(x, W, b)
 
-            assert not F._server.residents.has_session  # without which nothing is kept
+            assert not only_server(F).residents.has_session  # without which nothing is kept
 
     @pytest.mark.parametrize("n", [1, 80], ids=["in messages", "in streams"])
     def test_two_connections_of_one_tenant_share_large_contents(
@@ -465,6 +468,7 @@ class TestLoss:
 class TestLife:
     """Tensors go when nobody can use them, and nothing else does."""
 
+    @pytest.mark.usefixtures("unmeasured")
     def test_ten_thousand_put_and_dropped_leave_nothing(self, tmp_path: Path) -> None:
         array = np.ones(4096, np.float32)
         with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
@@ -678,7 +682,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ([1.0], "array must be a numpy or cupy array, or a RemoteTensor"),
+            (["1.0"], "array must have one of the element types"),
             (np.ones(3, int), "array must have one of the element types"),
         ],
     )

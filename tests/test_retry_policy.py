@@ -23,6 +23,7 @@ from deconvd.errors import (
     DeadlineError,
     DeconvdError,
     InvalidArgumentError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from deconvd.model.problem import spec_of
@@ -30,6 +31,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.tensor import message_from_spec
 from deconvd_client import cli
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.transport import TlsFailureError
 from deconvd_client.transports import retry_policy, route
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
 from tests.lenders import is_in_shared_memory
@@ -121,7 +123,11 @@ class TestRetries:
         assert len(attempts.times_s) == 1
 
     @pytest.mark.parametrize(
-        "error", [InvalidArgumentError("x"), PinnedTransportError("no such way")]
+        "error",
+        [
+            *(InvalidArgumentError("x"), PinnedTransportError("no such way")),
+            *(UnauthenticatedError("no token"), TlsFailureError("no such authority")),
+        ],
     )
     def test_what_cannot_help_is_not_tried_again(self, error: DeconvdError) -> None:
         attempts = forever(error)
@@ -175,6 +181,7 @@ def serve(socket_directory: Path, addresses: tuple[str, str]) -> Serve:
     return serving
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_busy_is_not_gone(
     serve: Serve, addresses: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:

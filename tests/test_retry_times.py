@@ -17,6 +17,7 @@ from deconvd.errors import (
     UnavailableError,
 )
 from deconvd_client.calls import deadline as deadline_module
+from deconvd_client.calls.cancel_scope import CancelScope
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.transports import retry_policy
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
@@ -134,13 +135,48 @@ def test_with_less_than_twenty_milliseconds_left_nothing_is_tried_again(
     assert len(tried_s(clock, policy, timeout_s, AWAY, forever=True)) == tries_count
 
 
-def test_what_a_server_says_is_added_to_a_pause(clock: Clock) -> None:
-    for retry_after_s in (0.0, 0.3, 7.0):
-        (_, again_s) = tried_s(clock, RetryPolicy(), 60, full(retry_after_s))
-        assert retry_after_s + 0.025 <= again_s <= retry_after_s + 0.05 + 1e-6
+@pytest.mark.parametrize(
+    ("retry_after_s", "spread_s"), [(0.0, 0.025), (0.3, 0.175), (7.0, 1.025)], ids=str
+)
+def test_what_a_server_says_is_kept_to_and_calls_come_back_over_half_as_long_again(
+    clock: Clock, retry_after_s: float, spread_s: float
+) -> None:
+    first_s = retry_after_s + 0.025
+
+    times_s = [tried_s(clock, RetryPolicy(), 60, full(retry_after_s))[1] for _ in range(RUNS_COUNT)]
+
+    assert first_s <= min(times_s) < first_s + spread_s / 10
+    assert first_s + 0.9 * spread_s < max(times_s) <= first_s + spread_s + 1e-6
 
 
-@pytest.mark.parametrize(("timeout_s", "tries_count"), [(0.3, 1), (0.301, 2)])
+def test_pauses_that_a_server_asks_for_do_not_grow_by_themselves(clock: Clock) -> None:
+    times_s = tried_s(clock, RetryPolicy(), 60, *[full(0.1)] * 20)
+
+    assert max(np.diff(times_s)) <= 0.2
+
+
+def test_a_further_call_waits_as_long_as_those_that_were_refused(clock: Clock) -> None:
+    policy = RetryPolicy()
+    tried_s(clock, policy, 1, full(100), forever=True)
+
+    clock.now_s += 40
+    assert 60 < tried_s(clock, policy, 600)[0] <= 61.05
+    clock.now_s += 100
+    assert tried_s(clock, policy, 600) == [0]
+
+
+def test_a_further_call_does_not_wait_beyond_its_deadline_nor_if_it_computes_nothing(
+    clock: Clock,
+) -> None:
+    policy = RetryPolicy()
+    tried_s(clock, policy, 1, full(100), forever=True)
+
+    assert tried_s(clock, policy, 100) == [0]
+    begin_s = clock.now_s
+    assert policy.run(lambda: clock.now_s, Deadline(600), waits_while_full=False) == begin_s
+
+
+@pytest.mark.parametrize(("timeout_s", "tries_count"), [(0.425, 1), (0.426, 2)])
 def test_a_time_that_is_not_before_the_deadline_is_not_waited_for(
     clock: Clock, timeout_s: float, tries_count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +189,34 @@ def test_a_time_that_is_not_before_the_deadline_is_not_waited_for(
 
 def test_a_server_that_is_full_and_then_away_has_answered(clock: Clock) -> None:
     assert tried_s(clock, RetryPolicy(), 60, full(0.1), AWAY, forever=True)[-1] > 59
+
+
+@pytest.mark.parametrize("error", [AWAY, STOPPING], ids=str)
+def test_a_cancelled_call_is_not_tried_again(clock: Clock, error: DeconvdError) -> None:
+    deadline = Deadline(60)
+    deadline.scope = CancelScope()
+    times_s: list[float] = []
+
+    def attempt() -> None:
+        times_s.append(clock.now_s)
+        raise error
+
+    def cancel_in_the_third_pause() -> None:
+        if len(times_s) == 3 and deadline.scope is not None:
+            deadline.scope.cancel()
+
+    clock.on_sleep = cancel_in_the_third_pause
+    policy = reached()
+    with pytest.raises(type(error)):
+        policy.run(attempt, deadline)
+
+    assert len(times_s) == 4  # the last finds out, and raises
+    assert clock.now_s - times_s[2] <= 0.1 + 1e-6  # the pause is cut short
+
+    times_s.clear()
+    with pytest.raises(type(error)):
+        policy.run(attempt, deadline)
+    assert len(times_s) == 1
 
 
 def test_fail_fast_gives_up_who_is_away_and_nobody_else(clock: Clock) -> None:

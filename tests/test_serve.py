@@ -34,6 +34,7 @@ from tests.deadlines import short_deadline
 from tests.devices import FailingDevice
 from tests.direct_calls import REQUEST, W, X, open_with_retries, send_call
 from tests.processes import wait_until
+from tests.servers import only_server
 
 TRANSPORTS = pytest.mark.parametrize(
     ("transport", "peer"), [("grpc", "ipv4:127.0.0.1:"), ("tcp", "tcp: 127.0.0.1:")]
@@ -198,7 +199,7 @@ def test_a_caller_that_goes_has_cancelled_its_direct_call(
 
     with observed(device, recorder) as address:
         with deconvd_client.connect(address, transport="grpc") as F:
-            info = F._server.route.server_info(short_deadline())
+            info = only_server(F).route.server_info(short_deadline())
         way = connector_for(address)
         assert way is not None
         line = open_with_retries(way, lambda: info)
@@ -288,7 +289,7 @@ def test_a_foreseen_error_is_told_whole(cls: type[DeconvdError]) -> None:
     [
         (errors.ExhaustedError("no\nroom"), logging.WARNING, "RESOURCE_EXHAUSTED: no\\nroom"),
         (CallCancelledError("gone"), logging.INFO, "CANCELLED: gone"),
-        (ZeroDivisionError("zero"), logging.ERROR, "unforeseen error"),
+        (ZeroDivisionError("zero"), logging.ERROR, "INTERNAL: unforeseen error"),
     ],
 )
 def test_the_log_has_each_failure_once(
@@ -296,10 +297,12 @@ def test_the_log_has_each_failure_once(
 ) -> None:
     caplog.set_level(logging.INFO)
 
-    served(raising(error), Recorder())
+    request_id = served(raising(error), Recorder()).call.request_id
 
     (record,) = caplog.records
-    assert (record.levelno, record.getMessage()) == (level, f"Deconvolve from tcp: here: {text}")
+    line = f"Deconvolve from tcp: here (request {request_id}): {text}"
+    assert (record.levelno, record.getMessage()) == (level, line)
+    assert request_id
     assert (record.exc_info is not None) == (level == logging.ERROR)
 
 
@@ -324,11 +327,12 @@ def test_an_unforeseen_error_of_a_caller_who_has_gone_is_nothing_to_look_into(
         call.cancel()
         raise ValueError("the file is closed")
 
-    served(work, recorder)
+    call = served(work, recorder).call
 
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert record.getMessage() == "Deconvolve from tcp: here: the caller has gone"
+    line = f"Deconvolve from tcp: here (request {call.request_id}): CANCELLED: the caller has gone"
+    assert record.getMessage() == line
     assert recorder.statuses("Deconvolve") == [None, "CANCELLED"]
 
 

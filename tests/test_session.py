@@ -16,7 +16,7 @@ from deconvd_client import Connection
 from deconvd_client.residents.session_thread import SessionThread, SessionThreadState
 from tests.deadlines import short_deadline
 from tests.processes import wait_until
-from tests.servers import server_process
+from tests.servers import only_server, server_process
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 
@@ -37,7 +37,7 @@ def F(wire: CountingProxy) -> Iterator[Connection]:
 
 
 def keeper(F: Connection) -> SessionThread:
-    return F._server.residents._session._thread
+    return only_server(F).residents._session._thread
 
 
 @pytest.fixture
@@ -143,6 +143,6 @@ def test_it_is_given_up_when_its_lease_has_passed(tmp_path: Path) -> None:
 def test_a_session_that_could_not_be_opened_is_none(wire: CountingProxy) -> None:
     with deconvd_client.connect("127.0.0.1:1", timeout_s=1, fail_fast=True) as F:
         with suppress(DeconvdError):
-            F._server.residents._session.open(short_deadline())
+            only_server(F).residents._session.open(short_deadline())
         assert keeper(F).state is SessionThreadState.NONE
         assert keeper(F).session is None

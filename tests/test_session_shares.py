@@ -21,7 +21,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.residents import ResidentLimits, SessionLimits, Sessions
 from deconvd_server.settings import Settings
 from tests.processes import memory_bytes, wait_until
-from tests.servers import server_process
+from tests.servers import only_server, server_process
 from tests.session_clients import SessionClient, error_of, open_session
 
 MIB = 1 << 20
@@ -89,7 +89,7 @@ def test_a_client_whose_session_gave_way_keeps_its_tensors_in_another(daemon: Da
         clients = [stack.enter_context(connection(target)) for _ in range(3)]
         x = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
         tensors = [client.put(x) for client in clients]
-        keeper = clients[0]._server.residents._session._thread
+        keeper = only_server(clients[0]).residents._session._thread
 
         with open_session(others_target) as other:
             other.put(ONE)

@@ -59,7 +59,7 @@ def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
     """A server that waits for clients for a second where others wait for half a minute."""
     constants = {
         "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
-        "deconvd_server.transports.direct.connection:_HANDSHAKE_S": STALL_S,
+        "deconvd_server.transports.direct.greeter:_HANDSHAKE_S": STALL_S,
     }
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server

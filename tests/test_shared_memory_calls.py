@@ -27,7 +27,7 @@ from deconvd_client.shared_memory.shared_calls import SharedResult
 from tests.deadlines import short_deadline
 from tests.lenders import is_in_shared_memory
 from tests.processes import wait_until
-from tests.servers import ServerProcess, server_process, stop_server
+from tests.servers import ServerProcess, only_server, server_process, stop_server
 
 MIB = 1 << 20
 
@@ -289,7 +289,7 @@ def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
     with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
         kept = F.remote.deconvolution_2d(x, W, b)
         expected = F.deconvolution_2d(x, W, b)
-        stub = F._server.route.current_stub
+        stub = only_server(F).route.current_stub
         assert stub is not None
         direct = stub.direct
         assert direct is not None

@@ -114,6 +114,8 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
         "deconvd_server.transports.direct.striped_transfer:STRIPE_WAIT_S": 3
         * STALL_S,  # a call computes meanwhile
+        # pools alone keep large freed blocks then, the same ones for each call, and what calls hold can be seen
+        "deconvd.host.malloc:LARGE_BYTES": 1 << 20,
     }
     directory = tmp_path_factory.mktemp("hasty")
     with server_process(directory, listen=("unix", "127.0.0.1:0"), constants=constants) as server:

@@ -34,7 +34,9 @@ RETRY_S = 10.0
 STREAMS_COUNT = 32
 """As many as the server lets run and wait."""
 
-STRIPES_COUNT = 2
+STRIPES_COUNT = (
+    3  # with two, pieces travel in runs, and these calls have too few for places between them
+)
 
 _random = np.random.default_rng(0)
 

@@ -20,7 +20,6 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.stream_parts import PendingElements
 from deconvd_server.daemon import DaemonState
 from deconvd_server.exit_codes import ExitCode
-from deconvd_server.transports.direct import striped_transfer
 from tests.direct_calls import get_server_info, is_serving
 from tests.processes import wait_until
 from tests.servers import server_process
@@ -42,8 +41,7 @@ BOTH = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: op
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pieces, striped_transfer):
-        monkeypatch.setattr(module, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE_BYTES)
 
 
 @pytest.fixture
@@ -211,15 +209,21 @@ def test_results_leave_while_the_call_computes() -> None:
         y = empty_results(DECONVOLVE, operands)["y"]
         space = PieceSpace([y])
         assert space.pieces_count > 3
-        for number in range(space.pieces_count):
+        number, counts = 0, []
+        while number < space.pieces_count:
             if number == 2:
                 assert device.has_computed.is_set()
                 assert not line.poll(0.1), "a piece came that is not final"
                 device.let_go.set()
             assert line.next_event() == PieceHead(number)
-            assert isinstance(line.next_event(), PendingElements)
-            for buffer in space.buffers(number):
+            elements = line.next_event()
+            assert isinstance(elements, PendingElements)
+            counts.append(space.count_in_run(number, elements.size_bytes))
+            for buffer in space.buffers(number, counts[-1]):
                 line.read_into_buffer(buffer)
+            number += counts[-1]
+        assert counts[0] == 2, "what is final is one run"
+        assert max(counts) == 4
         assert isinstance(line.next_event(), EndOfStream)
         client.take_answer(DECONVOLVE)
         assert_same_bits({"y": y}, compute_by_message(server.address, DECONVOLVE, operands))

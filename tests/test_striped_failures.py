@@ -28,7 +28,6 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.tensor import message_from_array
 from deconvd_server.call.context import CallContext
 from deconvd_server.resources.budgets import budgets
-from deconvd_server.transports.direct import striped_transfer
 from deconvd_server.transports.direct.striped_transfer import StripeMember
 from tests.direct_calls import connect_stream_from, is_serving
 from tests.processes import wait_until
@@ -49,11 +48,14 @@ OPERANDS = arrays_of(DECONVOLVE)
 ARRAYS = [*OPERANDS.values()]
 STALL_S = 1.0
 
+FEW_BYTES = 16 << 10
+SAMPLES_COUNT = 12_000
+"""For results of 17 MB: neither of two stripes ends, however much is buffered at the server's end."""
+
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pieces, striped_transfer):
-        monkeypatch.setattr(module, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE_BYTES)
 
 
 @pytest.fixture
@@ -116,6 +118,12 @@ def send_the_last_piece_in_full(client: StripedClient) -> None:
     client.stripes[0].send_piece(last, [memoryview(bytes(PIECE_BYTES))])
 
 
+def send_a_run_with_a_piece_that_came(client: StripedClient) -> None:
+    space = PieceSpace(ARRAYS)
+    client.stripes[0].send_piece(2, space.buffers(2))
+    client.stripes[0].send_piece(1, space.buffers(1, 3))
+
+
 def send_elements_alone(client: StripedClient) -> None:
     send_raw(client.stripes[0], pack_frame(FrameKind.ELEMENTS, bytes(8)))
 
@@ -137,15 +145,19 @@ def end_too_early(client: StripedClient) -> None:
 @pytest.mark.parametrize(
     ("breach", "message"),
     [
-        (send_a_piece_twice, "piece 0 has come before"),
+        (send_a_piece_twice, "piece 0, or one .*has come before"),
         (send_a_piece_past_the_end, r"piece (\d+) is none of the \1 of the operands"),
         (send_a_piece_beyond_all_numbers, "piece 18446744073709551615 is none of"),
-        (send_a_short_piece, "piece 0 of a striped call must have 1000 bytes"),
-        (send_a_long_piece, "piece 0 of a striped call must have 1000 bytes"),
-        (send_the_last_piece_in_full, "must have (?!1000)"),
+        (send_a_short_piece, "no run of whole pieces begins with piece 0 and has 999 bytes"),
+        (send_a_long_piece, "no run of whole pieces begins with piece 0 and has 1001 bytes"),
+        (
+            send_the_last_piece_in_full,
+            r"no run of whole pieces begins with piece \d+ and has 1000 bytes",
+        ),
+        (send_a_run_with_a_piece_that_came, "piece 1, or one of the 2 behind it, has come before"),
         (send_elements_alone, "must follow a PIECE frame"),
-        (send_two_heads, "must have 1000 bytes in one ELEMENTS frame"),
-        (end_after_a_head, "must have 1000 bytes in one ELEMENTS frame"),
+        (send_two_heads, "the elements of piece 0 .* must follow its PIECE frame"),
+        (end_after_a_head, "the elements of piece 0 .* must follow its PIECE frame"),
         (end_too_early, r"must have all pieces of its operands: \d+ of \d+ have not come"),
     ],
 )
@@ -340,8 +352,11 @@ def test_another_peer_cannot_join(
     stranger = StripedClient(server.port, 1, "127.0.0.2")
     stranger.transfer = client.transfer
     wait_until(lambda: server.load[0] == 1)
-    stranger.join()
-    assert is_closed(stranger.stripes[0])
+    stranger.join()  # it waits for a call of its own: no peer can tell which ids others use
+    direct = server.backend._direct
+    assert direct is not None
+    wait_until(lambda: len(direct._transfers._transfers) == 2)
+    assert members_count(server) == 1
     client.join()
     client.send(ARRAYS)
     device.let_go.set()
@@ -458,9 +473,9 @@ def test_a_deadline_is_kept(
 def test_a_client_that_does_not_take_its_results_has_a_deadline(device: SteppingDevice) -> None:
     device.let_go.set()
     with striped_server(device) as server:
-        client = StripedClient(server.port)
-        operands = arrays_of(DECONVOLVE, samples_count=6000)  # more than buffers hold
-        client.begin(describe(DECONVOLVE, operands), timeout_s=2)
+        client = StripedClient(server.port, receive_buffer_bytes=FEW_BYTES)
+        operands = arrays_of(DECONVOLVE, samples_count=SAMPLES_COUNT)
+        client.begin(describe(DECONVOLVE, operands), timeout_s=6)
         client.join()
         client.send([*operands.values()])
         client.take_answer(DECONVOLVE)
@@ -517,8 +532,8 @@ def test_a_client_that_stalls_holds_nobody(
     monkeypatch.setattr("deconvd_server.service.stream_admission.STALL_LIMIT_S", STALL_S)
     device.let_go.set()
     with striped_server(device) as server:
-        stalled = StripedClient(server.port)
-        operands = arrays_of(DECONVOLVE, samples_count=6000)
+        stalled = StripedClient(server.port, receive_buffer_bytes=FEW_BYTES)
+        operands = arrays_of(DECONVOLVE, samples_count=SAMPLES_COUNT)
         stalled.begin(describe(DECONVOLVE, operands))
         stalled.join(stalled.stripes[0])
         if phase != "joining":

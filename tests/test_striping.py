@@ -38,7 +38,7 @@ from tests.direct_calls import get_server_info
 from tests.fault_proxy import CLEAN, Direction, Fault, LinkConditions, faulty_proxy
 from tests.interrupts import InterruptError, InterruptOutcome, interrupt_at_random
 from tests.processes import exit_code, process_resources, wait_until
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, only_server, server_process
 
 RANDOM = np.random.default_rng(0)
 
@@ -233,7 +233,7 @@ def test_an_operand_that_the_server_lacks_after_all_is_sent(
 ) -> None:
     x, W = COMMON_X, COMMON_FILTER + 1
     expected = G.deconvolution_2d(x, W, None, 2)
-    residents = F._server.residents
+    residents = only_server(F).residents
     F.deconvolution_2d(x, COMMON_FILTER)  # so that there is a session
     residents.known_digests.learn(residents.session_name, spec_of(W), digest_of(W))
     with striped(running, "Deconvolve 2", "Deconvolve 2"):  # the first names W, the second sends it
@@ -292,7 +292,7 @@ def test_a_broken_stripe_costs_a_retry(
 
 
 def striped_transport_of(F: Connection) -> StripedTransport:
-    stub = F._server.route.current_stub
+    stub = only_server(F).route.current_stub
     assert stub is not None
     assert stub.striped is not None
     return stub.striped
@@ -346,7 +346,7 @@ def test_striped_calls_are_right_whenever_interrupts_strike(
         assert time.monotonic() - begin_s < 15
     assert outcomes[InterruptOutcome.RAISED], outcomes
     work()
-    direct = F._server.route.target_stub.direct
+    direct = only_server(F).route.target_stub.direct
     assert direct is not None
     assert not [known for known in direct._busy if known() is not None]
 

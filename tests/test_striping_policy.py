@@ -66,6 +66,17 @@ def test_processors_and_bytes_bound_the_stripes(
     assert sorted(made) == choices
 
 
+def test_a_server_that_many_call_limits_the_stripes_until_it_says_otherwise() -> None:
+    policy = StripingPolicy(lambda: 16)
+    policy.limit_stripes(2)
+    assert sorted(run_calls(policy, lambda choice: 9 - choice, 300)) == [STREAM, 2]
+    policy.limit_stripes(0)
+    assert policy.choose("call", LARGE_BYTES, is_fixed=True) == 2
+    policy.limit_stripes(8)
+    assert policy.choose("call", LARGE_BYTES, is_fixed=True) == 8
+    assert run_calls(policy, lambda choice: 9 - choice, 300)[8] > 250
+
+
 def test_what_is_fixed_does_not_depend_on_what_was_measured() -> None:
     policy = StripingPolicy(lambda: 16)
     run_calls(policy, lambda choice: 1 + choice, 50)

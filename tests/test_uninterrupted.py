@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ import pytest
 
 from deconvd_client.calls.uninterrupted import (
     BackgroundTask,
+    Promise,
     PromiseTimeoutError,
     call_uninterrupted,
 )
@@ -103,6 +106,33 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     call_uninterrupted(time.monotonic)
 
     assert exit_code(lambda: call_uninterrupted(lambda: True)) == 0
+
+
+def test_a_signal_that_does_not_wake_the_waiting_thread_is_handled_soon() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise InterruptedError
+
+    is_waiting = threading.Event()
+
+    def wait() -> None:
+        is_waiting.set()
+        Promise[None]().wait(30)
+
+    def send_to_itself() -> None:
+        is_waiting.wait(30)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send_to_itself)
+    sender.start()
+    begin_s = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError):
+            wait()
+        assert time.monotonic() - begin_s < 20
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        sender.join()
 
 
 def test_work_that_takes_too_long_is_not_waited_for() -> None:

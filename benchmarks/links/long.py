@@ -18,6 +18,7 @@ import deconvd_client
 from benchmarks.links.delay_proxy import PROXY_HOST, DelayProxy, long_link
 from benchmarks.links.rows import LinkRow
 from benchmarks.transport.servers import METHOD
+from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection
 
@@ -162,6 +163,8 @@ def _server(words: tuple[str, ...]) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield process.stdout.readline().split()[-1]
+            line = process.stdout.readline()
+            # ours says more than its target
+            yield address_in_startup_line(line) if words == _DECONVD else line.strip()
         finally:
             process.kill()

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 
-from benchmarks.commit import commit
 from benchmarks.transport.paths import PATHS, RoundTrip
-from deconvd.model.dtypes import Array
+from benchmarks.transport.timing import burst_s, human, tensor, write_rows
 
 _DEFAULT_BYTES = (1 << 10, 32 << 10, 1 << 20, 8 << 20, 32 << 20, 256 << 20)
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 20
 """Of each size: rounds over all paths are made until their time is over, or these are."""
-
-_MOST_CALLS, _BURST_S = 100, 0.1
-"""Of a path in a round, after one call that does not count."""
 
 _FLOORS = {"tcp": "raw_tcp", "grpc_tcp": "bare_grpc_stream"}
 """What a path can hope for: the same bytes by the same means, and nothing else."""
@@ -44,19 +37,14 @@ def main(sizes: Sequence[int], names: Sequence[str], time_s: float, json_file: P
         ways = {name: stack.enter_context(PATHS[name]()) for name in names or PATHS}
         rows = [row for size in sizes for row in _rows(ways, size, time_s)]
     if json_file is not None:
-        about = {
-            "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
-            "commit": commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        json_file.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write_rows(json_file, rows)
     _print_table(rows, sizes)
 
 
 def _rows(
     ways: Mapping[str, RoundTrip], size: int, time_s: float
 ) -> Iterator[dict[str, str | int | float]]:
-    x = _tensor(size)
+    x = tensor(size)
     times_s: dict[str, list[float]] = {name: [] for name in ways}
     for round_trip in ways.values():
         np.testing.assert_array_equal(round_trip(x), x)
@@ -65,34 +53,13 @@ def _rows(
         if round_number >= _LEAST_ROUNDS and time.perf_counter() - began_s > time_s:
             break
         for name, round_trip in ways.items():
-            times_s[name] += _burst_s(round_trip, x)
+            times_s[name] += burst_s(partial(round_trip, x))
     for name, times in times_s.items():
         yield {"path": name, "bytes": size, "ms": statistics.median(times) * 1e3}
 
 
-def _tensor(size_bytes: int) -> Array:
-    """Return a tensor of so many bytes that can be cut into samples of at most a mebibyte."""
-    elements_count = size_bytes // 4
-    width = min(elements_count, 256)
-    height = min(elements_count // width, 1024)
-    n = elements_count // (width * height)
-    return np.random.default_rng(0).random((n, 1, height, width), np.float32)
-
-
-def _burst_s(round_trip: RoundTrip, x: Array) -> list[float]:
-    """Return what each of a few calls took."""
-    round_trip(x)
-    times_s: list[float] = []
-    began_s = time.perf_counter()
-    while not times_s or (len(times_s) < _MOST_CALLS and time.perf_counter() - began_s < _BURST_S):
-        start_s = time.perf_counter()
-        round_trip(x)
-        times_s.append(time.perf_counter() - start_s)
-    return times_s
-
-
 def _print_table(rows: list[dict[str, str | int | float]], sizes: Sequence[int]) -> None:
-    print("milliseconds, median".ljust(22) + "".join(f"{_human(size):>12}" for size in sizes))
+    print("milliseconds, median".ljust(22) + "".join(f"{human(size):>12}" for size in sizes))
     times: dict[str, list[float]] = {}
     for row in rows:
         times.setdefault(str(row["path"]), []).append(float(row["ms"]))
@@ -102,10 +69,6 @@ def _print_table(rows: list[dict[str, str | int | float]], sizes: Sequence[int])
         if name in times and floor in times:
             ratios = [ms / least for ms, least in zip(times[name], times[floor], strict=True)]
             print(f"{name} / {floor}".ljust(22) + "".join(f"{ratio:>12.3f}" for ratio in ratios))
-
-
-def _human(size_bytes: int) -> str:
-    return f"{size_bytes >> 20} MiB" if size_bytes >= 1 << 20 else f"{size_bytes >> 10} KiB"
 
 
 if __name__ == "__main__":

@@ -24,24 +24,35 @@ from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd.wire.tensor import message_from_array
 
-__all__ = ["PATHS", "RoundTrip"]
+__all__ = ["ONE", "PATHS", "TCP", "UNIX", "RoundTrip", "run_server"]
 
 RoundTrip = Callable[[Array], Array]
 
 _BATCH_BYTES = 1 << 20
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-_ONE = np.ones((1, 1, 1, 1), np.float32)
-_TCP = "127.0.0.1:0"
-_UNIX = "unix:{directory}/socket"
+
+ONE = np.ones((1, 1, 1, 1), np.float32)
+"""The filter with which our server, whose device returns x, is called."""
+
+TCP, UNIX = "127.0.0.1:0", "unix:{directory}/socket"
+"""Addresses for `run_server`."""
 
 
 @contextmanager
-def _server(kind: str, address: str) -> Iterator[str]:
-    """Run one of the servers in a process of its own, and give what a client connects to."""
+def run_server(kind: str, address: str, *options: str) -> Iterator[str]:
+    """Run one of the servers in a process of its own, and give what a client connects to.
+
+    Args:
+        kind: Its name in `SERVERS`.
+        address: Where it listens: `TCP` or `UNIX`.
+        options: What it is called with besides.
+    """
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "benchmarks.transport.servers", kind]
         process = subprocess.Popen(
-            [*command, address.format(directory=directory)], stdout=subprocess.PIPE, text=True
+            [*command, address.format(directory=directory), *options],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert process.stdout is not None
@@ -68,17 +79,17 @@ def memcpy() -> Iterator[RoundTrip]:
 def deconvd(address: str, transport: str) -> Iterator[RoundTrip]:
     """Our client and our daemon, without shared memory."""
     with (
-        _server("deconvd", address) as target,
+        run_server("deconvd", address) as target,
         deconvd_client.connect(target, transport=transport) as F,
     ):
-        yield lambda x: F.deconvolution_2d(x, _ONE)
+        yield lambda x: F.deconvolution_2d(x, ONE)
 
 
 @contextmanager
 def shared_memory(*, with_empty: bool) -> Iterator[RoundTrip]:
     """Our client and our daemon by shared memory; x lies there already where `with_empty`."""
     with (
-        _server("deconvd", _UNIX) as target,
+        run_server("deconvd", UNIX) as target,
         deconvd_client.connect(target, transport="shared_memory") as F,
     ):
         inside: dict[int, Array] = {}
@@ -87,7 +98,7 @@ def shared_memory(*, with_empty: bool) -> Iterator[RoundTrip]:
             if with_empty and x.nbytes not in inside:
                 inside[x.nbytes] = F.empty(x.shape, x.dtype)
                 np.copyto(inside[x.nbytes], x)
-            return F.deconvolution_2d(inside[x.nbytes] if with_empty else x, _ONE)
+            return F.deconvolution_2d(inside[x.nbytes] if with_empty else x, ONE)
 
         yield call
 
@@ -95,7 +106,7 @@ def shared_memory(*, with_empty: bool) -> Iterator[RoundTrip]:
 @contextmanager
 def raw_tcp() -> Iterator[RoundTrip]:
     """A bare TCP socket."""
-    with _server("raw_tcp", _TCP) as target:
+    with run_server("raw_tcp", TCP) as target:
         host, _, port = target.rpartition(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -115,7 +126,10 @@ def _exchange(connection: socket.socket, x: Array) -> Array:
 @contextmanager
 def bare_grpc() -> Iterator[RoundTrip]:
     """Unary gRPC of raw bytes, with default options."""
-    with _server("bare_grpc", _TCP) as target, grpc.insecure_channel(target, _UNLIMITED) as channel:
+    with (
+        run_server("bare_grpc", TCP) as target,
+        grpc.insecure_channel(target, _UNLIMITED) as channel,
+    ):
         rpc: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
         yield lambda x: np.frombuffer(rpc(x.tobytes()), x.dtype).reshape(x.shape)
 
@@ -124,7 +138,7 @@ def bare_grpc() -> Iterator[RoundTrip]:
 def bare_grpc_stream() -> Iterator[RoundTrip]:
     """A gRPC stream of raw bytes in chunks of a mebibyte, with our options: what grpcio leaves our streams."""
     with (
-        _server("bare_grpc_stream", _TCP) as target,
+        run_server("bare_grpc_stream", TCP) as target,
         grpc.insecure_channel(target, [*_UNLIMITED, *GRPC_OPTIONS]) as channel,
     ):
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
@@ -145,13 +159,13 @@ def _stream(rpc: grpc.StreamStreamMultiCallable[bytes, bytes], x: Array) -> Arra
 def stock_grpc() -> Iterator[RoundTrip]:
     """Unary gRPC of our schema, with the generated classes and default options."""
     with (
-        _server("stock_grpc", _TCP) as target,
+        run_server("stock_grpc", TCP) as target,
         grpc.insecure_channel(target, _UNLIMITED) as channel,
     ):
         stub = pb_grpc.DeconvolutionServiceStub(channel)
 
         def call(x: Array) -> Array:
-            request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(_ONE))
+            request = pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(ONE))
             return np.frombuffer(stub.Deconvolve(request).y.raw, x.dtype).reshape(x.shape)
 
         yield call
@@ -160,7 +174,7 @@ def stock_grpc() -> Iterator[RoundTrip]:
 @contextmanager
 def flight(address: str) -> Iterator[RoundTrip]:
     """Arrow Flight's DoExchange, in batches of a mebibyte."""
-    with _server("flight", address) as target:
+    with run_server("flight", address) as target:
         scheme = "grpc+unix://" if target.startswith("unix:") else "grpc+tcp://"
         with pyarrow.flight.FlightClient(scheme + target.removeprefix("unix:")) as client:
             yield partial(_fly, client)
@@ -195,13 +209,13 @@ PATHS: dict[str, Callable[[], AbstractContextManager[RoundTrip]]] = {
     "memcpy": memcpy,
     "shared_memory": partial(shared_memory, with_empty=False),
     "shared_memory_empty": partial(shared_memory, with_empty=True),
-    "unix": partial(deconvd, _UNIX, "unix"),
-    "tcp": partial(deconvd, _TCP, "tcp"),
-    "grpc_tcp": partial(deconvd, _TCP, "grpc"),
+    "unix": partial(deconvd, UNIX, "unix"),
+    "tcp": partial(deconvd, TCP, "tcp"),
+    "grpc_tcp": partial(deconvd, TCP, "grpc"),
     "raw_tcp": raw_tcp,
     "bare_grpc": bare_grpc,
     "bare_grpc_stream": bare_grpc_stream,
     "stock_grpc": stock_grpc,
-    "flight_unix": partial(flight, _UNIX),
-    "flight_tcp": partial(flight, _TCP),
+    "flight_unix": partial(flight, UNIX),
+    "flight_tcp": partial(flight, TCP),
 }

@@ -1,13 +1,15 @@
-"""Servers that send back what they get, each run in a process of its own: `python -m ... KIND ADDRESS`."""
+"""Servers that send back what they get, each run in a process of its own: `python -m ... KIND ADDRESS...`."""
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +22,9 @@ from deconvd.model.problem import Problem
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd.wire.grpc_options import GRPC_OPTIONS
+from deconvd_server.access.authenticator import Authenticator
+from deconvd_server.access.server_tls import ServerTls
+from deconvd_server.access.tokens import TokenFile
 from deconvd_server.daemon import Daemon
 from deconvd_server.device import CacheState, DeviceInfo
 from deconvd_server.settings import Settings
@@ -43,6 +48,7 @@ class EchoDevice:
 
     info = DeviceInfo("echo", "echo", 1 << 40, 0, 1 << 40, 4)
     caches: tuple[CacheState, ...] = ()
+    waiting_since_s = math.inf
 
     def footprint_bytes(self, *_: Any) -> int:
         """Nothing is taken."""
@@ -77,11 +83,24 @@ class EchoDevice:
         """Nothing is held."""
 
 
-def serve_deconvd(address: str) -> None:
-    """Serve with our own daemon, in a process that is set as the command sets it."""
+def serve_deconvd(address: str, tokens: str = "", cert: str = "", key: str = "") -> None:
+    """Serve with our own daemon, in a process that is set as the command sets it.
+
+    Args:
+        address: Where to listen.
+        tokens: File of tokens; empty to serve everyone.
+        cert, key: Files of TLS; empty to serve without.
+    """
     keep_freed_memory()
     daemon = Daemon(
-        Settings([address], MAX_MESSAGE_BYTES, drain_timeout_s=1, shared_memory_bytes=4 << 30)
+        Settings(
+            [address],
+            MAX_MESSAGE_BYTES,
+            drain_timeout_s=1,
+            shared_memory_bytes=4 << 30,
+            authenticator=Authenticator(TokenFile(Path(tokens)) if tokens else None),
+            tls=ServerTls(Path(cert), Path(key), None) if cert else None,
+        )
     )
     daemon.serve(lambda: [EchoDevice()])
     _ready(daemon.addresses[0])
@@ -188,7 +207,7 @@ def _ready(address: str) -> None:
     signal.pause()
 
 
-def _names() -> Iterator[tuple[str, Callable[[str], None]]]:
+def _names() -> Iterator[tuple[str, Callable[..., None]]]:
     for name, value in globals().items():
         if name.startswith("serve_"):
             yield name.removeprefix("serve_"), value
@@ -197,4 +216,4 @@ def _names() -> Iterator[tuple[str, Callable[[str], None]]]:
 SERVERS = dict(_names())
 
 if __name__ == "__main__":
-    SERVERS[sys.argv[1]](sys.argv[2])
+    SERVERS[sys.argv[1]](*sys.argv[2:])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
@@ -12,16 +12,34 @@ from deconvd.model.dtypes import Array
 from deconvd.model.geometry import Geometry
 from deconvd.model.operation import ARGUMENTS, DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.model.problem import Problem, TensorSpec, problem_of, spec_of
+from deconvd_client.array_conversion import to_numpy
 from deconvd_client.calls.call_spec import make_request
 from deconvd_client.config import Config
-from deconvd_client.frameworks.framework import framework_of, host_array
-from deconvd_client.residents import Call, RemoteTensor, Resident, ResidentExecutor, SourceArray
+from deconvd_client.frameworks.framework import UnusableArrayError, framework_of, host_array
+from deconvd_client.residents import Call, RemoteTensor, Resident, ResidentStore, SourceArray
 
-__all__ = ["GRADIENT_NAMES", "CallBuilder", "Operand"]
+__all__ = [
+    "GRADIENT_NAMES",
+    "CallBuilder",
+    "Operand",
+    "SupportsArray",
+    "TensorLike",
+    "parse_wanted",
+]
 
 GRADIENT_NAMES: Final = ("gx", "gW", "gb")
 
 Operand = Array | Resident
+
+
+class SupportsArray(Protocol):
+    """An array of any library, a RemoteTensor, or another object that numpy can make an array of."""
+
+    def __array__(self) -> Any: ...
+
+
+TensorLike: TypeAlias = SupportsArray | list[Any] | tuple[Any, ...]
+"""What callers can give as an operand, for type checkers. It has no numbers: most of those are mistakes."""
 
 _MaskedArray: Final = np.ma.MaskedArray
 
@@ -30,11 +48,11 @@ class CallBuilder:
     """Makes calls of the arguments of a connection's functions. Every method raises InvalidArgumentError.
 
     Args:
-        residents: The executor whose RemoteTensors are accepted.
+        residents: The store whose RemoteTensors are accepted.
         config: The options for the calls.
     """
 
-    def __init__(self, residents: ResidentExecutor, config: Config) -> None:
+    def __init__(self, residents: ResidentStore, config: Config) -> None:
         self._residents = residents
         self._config = config
 
@@ -47,9 +65,10 @@ class CallBuilder:
         if isinstance(value, Resident):
             return value, value.spec
         framework = framework_of(value)
-        if framework is None:
-            raise _wrong_kind_error(name, value)
-        array: Array = framework.to_array(value)
+        try:
+            array: Array = framework.to_array(value) if framework else to_numpy(name, value)
+        except UnusableArrayError as error:
+            raise InvalidArgumentError(f"{name} {error}", argument=name) from error
         return array, spec_of(array)
 
     def make_resident(self, name: str, value: object) -> Resident:
@@ -101,6 +120,26 @@ class CallBuilder:
             results_like=images,
         )
 
+    def check_double_backward(
+        self, x: object, W: object, gradients: Mapping[str, object], geometry: Geometry
+    ) -> Problem:
+        """Check the arguments of `Connection.deconvolution_2d_double_grad`, and return the problem.
+
+        Args:
+            gradients: gy, ggx, ggW and ggb, by name; None for those that are zero.
+        """
+        problem = problem_of(self.parse_operand("x", x)[1], self.parse_operand("W", W)[1], geometry)
+        expected = {"gy": problem.y, "ggx": problem.x, "ggW": problem.W, "ggb": problem.b}
+        for name, value in gradients.items():
+            if value is not None:
+                spec = self.parse_operand(name, value)[1]
+                if spec != expected[name]:
+                    raise InvalidArgumentError(
+                        f"{name} must have the shape and element type of {name[1:]}: {expected[name]}, got {spec}",
+                        argument=name,
+                    )
+        return problem
+
     def backward(
         self,
         problem: Problem,
@@ -121,9 +160,9 @@ class CallBuilder:
         gradient, gy_spec = self.parse_operand("gy", gy)
         problem.check_gy(gy_spec)
         given = {"x": x, "w": W, "gy": gradient}
-        results = {
-            field: spec_of_field(problem, field) for field in _parse_wanted(wanted, has_b=has_b)
-        }
+        names = parse_wanted(wanted, has_b=has_b)
+        fields = (field for field in DECONVOLVE_GRAD.all_results if ARGUMENTS[field] in names)
+        results = {field: spec_of_field(problem, field) for field in fields}
         operands = {field: given[field] for field in DECONVOLVE_GRAD.operands_for(results)}
         like = gradient if results_like is None else results_like
         return self._call(DECONVOLVE_GRAD, problem, operands, results, keep_results, like)
@@ -143,60 +182,32 @@ class CallBuilder:
         return call.with_host_arrays() if keep_results else call
 
 
-def _wrong_kind_error(name: str, value: object) -> InvalidArgumentError:
-    """Return the error for an argument that is not an array, or is a masked one."""
-    if isinstance(value, _MaskedArray):
-        text = (
-            f"{name} must not be a masked array, as its mask would be lost: give {name}.filled(value), "
-            f"or {name}.data for what is below the mask"
-        )
-    else:
-        text = (
-            f"{name} must be a numpy or cupy array, or a RemoteTensor, got {_type_name(value)}"
-            f"{_remedy(name, value)}"
-        )
-    return InvalidArgumentError(text, argument=name)
+def parse_wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
+    """Return the names of the gradients that are wanted, in order, without gb if there is no b.
 
-
-def _type_name(value: object) -> str:
-    kind = type(value)
-    if kind.__module__.startswith("PIL."):
-        return f"a PIL image ({kind.__qualname__})"
-    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-    return f"{module}{kind.__qualname__}"
-
-
-def _remedy(name: str, value: object) -> str:
-    """Return how to convert a value to an array; empty if that is not known."""
-    if type(value).__module__.startswith("PIL."):
-        return (
-            f": convert it with numpy.asarray({name}, numpy.float32), which has the axes (h, w) or "
-            "(h, w, c), and move them to (n, c, h, w)"
-        )
-    if type(value).__module__.startswith("chainer."):  # a Variable, or a Parameter
-        return f": give {name}.array"
-    if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
-        return f": convert it with numpy.asarray({name})"
-    return ""
-
-
-def _parse_wanted(names: Collection[str], *, has_b: bool) -> tuple[str, ...]:
-    """Return the fields of the gradients that are wanted, without gb if there is no b."""
-    try:
-        chosen = None if isinstance(names, str) else set(names)
-    except TypeError:
-        chosen = None
-    if chosen is None or not chosen <= set(GRADIENT_NAMES):
-        raise InvalidArgumentError(
-            f"wanted must be a collection of names from {', '.join(GRADIENT_NAMES)}, got {names!r}",
-            argument="wanted",
-        )
+    Raises:
+        InvalidArgumentError: There is another name, or no gradient is left.
+    """
+    chosen = parse_names(names, GRADIENT_NAMES)
     if not has_b:
-        chosen.discard("gb")
-    fields = tuple(f for f in DECONVOLVE_GRAD.all_results if ARGUMENTS[f] in chosen)
-    if not fields:
+        chosen = tuple(name for name in chosen if name != "gb")
+    if not chosen:
         allowed = "gx, gW and gb" if has_b else "gx and gW, as there is no b"
         raise InvalidArgumentError(
             f"wanted must name at least one of {allowed}, got {names!r}", argument="wanted"
         )
-    return fields
+    return chosen
+
+
+def parse_names(names: Collection[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the gradients that are wanted, in order. Raises InvalidArgumentError if one is not known."""
+    try:
+        chosen = None if isinstance(names, str) else set(names)
+    except TypeError:
+        chosen = None
+    if chosen is None or not chosen <= set(known):
+        raise InvalidArgumentError(
+            f"wanted must be a collection of names from {', '.join(known)}, got {names!r}",
+            argument="wanted",
+        )
+    return tuple(name for name in known if name in chosen)

@@ -53,8 +53,11 @@ class CardDispatcher:
         self._lock = new_lock()
         self._borrowers: dict[int, _CardBorrower] = {}
 
-    def execute(self, call: Call) -> dict[str, Array]:
+    def execute(self, call: Call, deadline: Deadline | None = None) -> dict[str, Array]:
         """Make a call whose results should be on a card. It waits for all work enqueued on the current stream.
+
+        Args:
+            deadline: As for `Dispatcher.execute`.
 
         Returns:
             Its results, by the names of their fields: cupy arrays on that card, or numpy arrays.
@@ -63,8 +66,8 @@ class CardDispatcher:
             LostTensorError: As `Dispatcher.execute` does.
         """
         with suppress(_CardUnavailableError), cupy.cuda.Device(call.results_like.device.id) as card:
-            return self._execute_on_card(call, card.id)
-        return self._dispatcher.execute(call.with_host_arrays())
+            return self._execute_on_card(call, card.id, deadline or Deadline(self._timeout_s))
+        return self._dispatcher.execute(call.with_host_arrays(), deadline)
 
     def close(self, deadline: Deadline) -> None:
         """Give back the memory that holds no arrays, and borrow no more."""
@@ -76,7 +79,7 @@ class CardDispatcher:
             borrower.give_back_unused(deadline)
             borrower.close()
 
-    def _execute_on_card(self, call: Call, ordinal: int) -> dict[str, Array]:
+    def _execute_on_card(self, call: Call, ordinal: int, deadline: Deadline) -> dict[str, Array]:
         """Make a call whose tensors are all on one card; operands that are elsewhere are copied there.
 
         Raises:
@@ -90,7 +93,6 @@ class CardDispatcher:
         tensors: list[Array | TensorSpec] = [*operands.values(), *call.results.values()]
         if len(operands) < len(call.operands) or not all(tensor.nbytes for tensor in tensors):
             raise _CardUnavailableError
-        deadline = Deadline(self._timeout_s)
         call_spec = CallSpec(
             call.operation, call.request, call.problem, operands, call.results, deadline
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,19 +16,28 @@ from deconvd.model.options import Options
 __all__ = ["Config"]
 
 _NAMES = tuple(field.name for field in fields(Options))
-_DEFAULT = Options()
+
+
+class _ConfigState(NamedTuple):
+    """Options, and the names of those that a with-block has set."""
+
+    options: Options
+    names: frozenset[str]
+
+
+_DEFAULT = _ConfigState(Options(), frozenset())
 
 
 class Config:
     """The current options of one connection. Each thread and each asyncio task has options of its own."""
 
     def __init__(self) -> None:
-        self._options: ContextVar[Options] = ContextVar("options")
+        self._settings: ContextVar[_ConfigState] = ContextVar("settings")
 
     @property
     def options(self) -> Options:
         """The options of the current thread or asyncio task."""
-        return self._options.get(_DEFAULT)
+        return self._settings.get(_DEFAULT).options
 
     @contextmanager
     def using(self, name: str, value: object) -> Iterator[None]:
@@ -40,10 +50,43 @@ class Config:
             raise InvalidArgumentError(
                 f"name must be one of {', '.join(_NAMES)}, got {name!r}", argument="name"
             )
-        value = bool(value) if isinstance(value, np.bool_) else value
-        changed = replace(self.options, **{name: value})  # type: ignore[arg-type]  # Options checks its type
-        token = self._options.set(changed)
+        settings = self._settings.get(_DEFAULT)
+        changed = _ConfigState(
+            _change_options(settings.options, {name: value}), settings.names | {name}
+        )
+        token = self._settings.set(changed)
         try:
             yield
         finally:
-            self._options.reset(token)
+            self._settings.reset(token)
+
+    @contextmanager
+    def using_defaults(self, values: Mapping[str, object]) -> Iterator[None]:
+        """Set those options for a ``with`` block that no block of `using` has set. See `Connection.using_defaults`.
+
+        Raises:
+            InvalidArgumentError: An option cannot have the value that is given for it.
+        """
+        settings = self._settings.get(_DEFAULT)
+        missing = {
+            name: value
+            for name, value in values.items()
+            if name not in settings.names and getattr(settings.options, name) != value
+        }
+        if not missing:
+            yield
+            return
+        changed = _ConfigState(_change_options(settings.options, missing), settings.names)
+        token = self._settings.set(changed)
+        try:
+            yield
+        finally:
+            self._settings.reset(token)
+
+
+def _change_options(options: Options, values: Mapping[str, object]) -> Options:
+    plain = {
+        name: bool(value) if isinstance(value, np.bool_) else value
+        for name, value in values.items()
+    }
+    return replace(options, **plain)  # type: ignore[arg-type]  # Options checks their types

@@ -14,23 +14,44 @@ from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.model.dtypes import BFLOAT16
 from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
 from deconvd_client.transports.route import TransportName
+from deconvd_client.transports.targets import parse_targets
 
 __all__ = [
+    "TARGET_VARIABLE",
     "TENANT_KEY_VARIABLE",
     "parse_dtype",
     "parse_fail_fast",
+    "parse_max_concurrent_calls",
     "parse_max_message_bytes",
     "parse_shape",
     "parse_tenant_key",
     "parse_timeout",
     "parse_transport",
+    "target_from_environment",
 ]
+
+TARGET_VARIABLE: Final = "DECONVD_TARGET"
+"""The environment variable with the target of connections that are given none."""
 
 TENANT_KEY_VARIABLE: Final = "DECONVD_TENANT_KEY"
 """The environment variable with the tenant key of connections that are given none."""
 
 _MAX_KEY_BYTES: Final = 64
 _MAX_SIZE_BITS: Final = 63
+
+
+def target_from_environment() -> str:
+    """Return the targets that the environment names. Raises InvalidArgumentError if it names none, or a wrong one."""
+    target = os.environ.get(TARGET_VARIABLE, "")
+    if not target:
+        raise InvalidArgumentError(
+            f"target must be given, as host:port or unix:path, or set by the environment variable {TARGET_VARIABLE}",
+            argument="target",
+        )
+    try:
+        return ",".join(parse_targets(target))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{TARGET_VARIABLE}: {error}", argument="target") from None
 
 
 def parse_timeout(timeout_s: object) -> float:
@@ -70,6 +91,24 @@ def parse_max_message_bytes(size_bytes: object) -> int:
             argument="max_message_bytes",
         )
     return size
+
+
+def parse_max_concurrent_calls(count: object) -> int:
+    """Return a number of calls as an int.
+
+    Raises:
+        InvalidArgumentError: It is not an integer, or not positive.
+    """
+    try:
+        parsed = operator.index(count)  # type: ignore[arg-type]  # this is the check
+    except TypeError:
+        parsed = 0
+    if isinstance(count, bool) or parsed < 1:
+        raise InvalidArgumentError(
+            f"max_concurrent_calls must be an int of at least 1, got {count!r}",
+            argument="max_concurrent_calls",
+        )
+    return parsed
 
 
 def parse_transport(name: object) -> TransportName:

@@ -1,305 +1,135 @@
-"""The connection to a server. Its methods are Chainer's functions."""
+"""The connection to a server: its options and its life, and the tensors and calls that belong to it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import SupportsIndex
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from deconvd.host.malloc import raise_mmap_threshold
 from deconvd.model.dtypes import Array, element_type
-from deconvd.model.geometry import Geometry, IntOrPair
-from deconvd.model.gradients import Gradients
 from deconvd.model.problem import check_extents, spec_of
-from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
-from deconvd_client.calls.deadline import Deadline
-from deconvd_client.config import Config
+from deconvd_client.arguments import (
+    TensorLike,
+)
+from deconvd_client.calls.call_pool import CallPool
+from deconvd_client.calls.ledgers import CallLedger
 from deconvd_client.connect_options import (
     parse_dtype,
     parse_fail_fast,
+    parse_max_concurrent_calls,
     parse_max_message_bytes,
     parse_shape,
     parse_tenant_key,
     parse_timeout,
     parse_transport,
 )
-from deconvd_client.frameworks.framework import arrays_like, host_array
-from deconvd_client.keywords import reject_unknown_keywords
-from deconvd_client.pullback import Pullback
+from deconvd_client.credential_options import parse_credentials
+from deconvd_client.credentials import Tls
+from deconvd_client.frameworks.framework import (
+    host_array,
+)
+from deconvd_client.operations import Operations
 from deconvd_client.remote import Remote
 from deconvd_client.residents import RemoteTensor
 from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
-from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
+from deconvd_client.server_set.server_set import ServerSet
 from deconvd_client.transports.route import TransportName
-from deconvd_client.transports.targets import parse_target
+from deconvd_client.transports.targets import is_of_one_server, parse_targets, proxy_of
 
-__all__ = ["Connection", "connect"]
+__all__ = ["Connection"]
 
-
-def connect(
-    target: str,
-    *,
-    timeout_s: float = 60.0,
-    max_message_bytes: int = MAX_MESSAGE_BYTES,
-    transport: str = TransportName.AUTO,
-    tenant_key: str | bytes | None = None,
-    fail_fast: bool = False,
-) -> Connection:
-    """Return a connection to a server. Nothing is sent before the first call.
-
-    Args:
-        target: Address of the server: ``host:port`` or ``unix:path``.
-        timeout_s: How long each call may take, in seconds, including its retries. It must be positive.
-            Values above a million (eleven days) are taken as a million.
-        max_message_bytes: Size of the largest response message to accept, in bytes, up to 2^31 - 1. Results of
-            more than 4 MiB come as a stream of smaller messages.
-        transport: How tensors get to the server:
-
-            - ``auto``: the fastest transport that works. On the server's host that is shared memory and
-              its Unix socket, elsewhere TCP.
-            - ``shared_memory``: tensors from 32 KiB on go through shared memory.
-            - ``unix``: everything goes through the server's Unix socket, on the same host.
-            - ``tcp``: everything goes over TCP. The target must be ``host:port``.
-            - ``grpc``: everything goes through gRPC to the target, and no other connection is made. Use it
-              if a proxy is in between.
-
-            Except for ``auto``, calls fail with UnavailableError or ExhaustedError if that transport does not
-            work.
-        tenant_key: A secret of up to 64 bytes. Connections with the same key share one quota for the
-            tensors that the server keeps. If one has sent a tensor, the others do not send it again. None,
-            the default, means the value of DECONVD_TENANT_KEY in the environment. If that is not set, or the
-            key is empty, the connection shares nothing.
-        fail_fast: Whether a call fails at once if the server cannot be reached. Otherwise it tries again:
-            until its timeout if the server was reached before (it may be restarting), and for 5 seconds if
-            it never was.
-
-    Raises:
-        InvalidArgumentError: An argument has a wrong type or is out of its range (a ValueError).
-    """
-    return Connection(
-        target,
-        timeout_s=timeout_s,
-        max_message_bytes=max_message_bytes,
-        transport=transport,
-        tenant_key=tenant_key,
-        fail_fast=fail_fast,
-    )
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-class Connection:
+class Connection(Operations):
     """A connection to a server. `deconvd_client.connect` makes it.
 
     Several threads can use one connection. As a context manager it closes itself.
+
+    It can be a connection to several servers. Then a call is made at one of them, and at another one if that fails, and
+    a large batch is split over all of them. A RemoteTensor is on one of them. See docs/several-servers.md.
 
     Every call can raise these errors, in addition to those that its own description lists:
 
     - DeadlineError (a TimeoutError): the call took longer than ``timeout_s``.
     - UnavailableError (a ConnectionError): the server cannot be reached, or is full, and retries did not help.
     - ExhaustedError (a MemoryError): the request or the result exceeds a limit. The message names the limit.
+    - UnauthenticatedError (a PermissionError): the server does not know who calls, or no longer.
     - CallCancelledError: the connection was closed.
     - UnimplementedError (a NotImplementedError): the server is too old for this call.
     - InternalError (a RuntimeError): a fault of the server, whose log says more.
 
     All of them are DeconvdErrors.
 
-    A connection can be pickled and copied. The copy has the same target and options, and connects by itself. It
-    takes its tenant key from the environment variable DECONVD_TENANT_KEY of its own process. It has none of the
+    A connection can be pickled and copied. The copy has the same target and options, and connects by itself. Paths of
+    files with certificates, keys and tokens are options. Secrets are not: the copy takes its tenant key and a token
+    from the environment variables DECONVD_TENANT_KEY and DECONVD_TOKEN of its own process. It has none of the
     RemoteTensors of the original, and no options that `using_config` has set.
 
     Attributes:
-        target: Address of the server, as it was given to `connect`.
+        target: Address of the server, as it was given to `connect`. Several addresses have commas between them.
     """
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
         timeout_s: float,
         max_message_bytes: int,
         transport: str,
         tenant_key: str | bytes | None,
         fail_fast: bool,
+        max_concurrent_calls: int,
+        tls: Tls | bool | None = None,
+        token: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.target: str = parse_target(target)
+        targets = parse_targets(target)
+        self.target: str = ",".join(targets)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
         self._transport = parse_transport(transport)
         self._fail_fast = parse_fail_fast(fail_fast)
+        self._max_concurrent_calls = parse_max_concurrent_calls(max_concurrent_calls)
         secret = parse_tenant_key(tenant_key)
+        self._tls = tls
+        self._token_path = None if isinstance(token, str) else token
         raise_mmap_threshold()
 
-        self._server = Server(
-            self.target,
+        credentials = {one: parse_credentials(proxy_of(one) or one, tls, token) for one in targets}
+        open_server = partial(
+            Server,
             transport=self._transport,
             max_message_bytes=max_message_bytes,
             tenant_key=secret,
             timeout_s=timeout_s,
             fail_fast=self._fail_fast,
         )
-        self._config = Config()
-        self._operations = CallBuilder(self._server.residents, self._config)
-        self._remote = Remote(self._operations, self._server)
+        server: Server | ServerSet
+        if len(targets) == 1 and is_of_one_server(targets[0]):
+            server = open_server(targets[0], credentials=credentials[targets[0]])
+        else:
+            server = ServerSet(
+                targets,
+                credentials,
+                open_server,
+                timeout_s=timeout_s,
+                fail_fast=self._fail_fast,
+            )
+        super().__init__(server)
+        self._server: Server | ServerSet = server
+        self._remote = Remote(self._operations, server)
+        self._pool = CallPool(self._max_concurrent_calls, timeout_s, server.clear_last_ledger)
 
-    @reject_unknown_keywords
-    def deconvolution_2d(
-        self,
-        x: Array | RemoteTensor,
-        W: Array | RemoteTensor,
-        b: Array | RemoteTensor | None = None,
-        stride: IntOrPair = 1,
-        pad: IntOrPair = 0,
-        outsize: Sequence[SupportsIndex | None] | None = None,
-        *,
-        dilate: IntOrPair = 1,
-        groups: SupportsIndex = 1,
-    ) -> Array:
-        """Return the two-dimensional deconvolution (transposed convolution) of `x` by `W`, plus `b`.
-
-        This is ``chainer.functions.deconvolution_2d`` of Chainer 7.8, with the same arguments and results.
-
-        Every pixel of output channel o starts as ``b[o]``. Then each pixel (h, w) of each input channel c adds to the
-        output, through each tap (i, j) of the filter::
-
-            y[n, o, s_h h + d_h i - p_h, s_w w + d_w j - p_w] += x[n, c, h, w] W[c, o, i, j]
-
-        Here s is `stride`, d is `dilate` and p is `pad`. Terms outside the output are left out. With several groups,
-        each group of channels is a deconvolution of its own.
-
-        Operands can be numpy arrays, cupy arrays and RemoteTensors, also mixed. If the server computes on the card
-        that a cupy x is on, the elements stay on that card. The call waits for the work that is enqueued on
-        cupy's current stream.
-
-        Args:
-            x: Images of shape ``(n, c_I, h_I, w_I)``, of float16, bfloat16, float32 or float64.
-            W: Filter of shape ``(c_I, c_O / groups, h_K, w_K)``. Its element type can differ from that of x.
-            b: Bias of shape ``(c_O,)`` and the element type of x. None for no bias.
-            stride: Steps of the filter over the output, in pixels, at least 1: an int, or a pair (h, w).
-            pad: Pixels cut off at both ends of each axis of the output, at least 0: an int, or a pair (h, w).
-            outsize: Size ``(h_O, w_O)`` of the output, in pixels. None, for the pair or for one axis, means the
-                natural size ``stride (i - 1) + dilate (k - 1) + 1 - 2 pad``, where i is the size of the image and k
-                that of the filter, as in Chainer's ``get_deconv_outsize``. Other sizes must differ from the natural
-                size by less than the stride.
-            dilate: Distance between neighbouring taps of the filter, in pixels, at least 1: an int, or a pair (h, w).
-            groups: Number of groups that the channels are split into. It must divide c_I.
-
-        Returns:
-            Images of shape ``(n, c_O, h_O, w_O)`` and the element type of x: a cupy array on the card of x if x is a
-            cupy array, else a numpy array.
-
-        Raises:
-            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
-                names it.
-            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
-                again.
-            TypeError: A keyword is unknown.
-        """
-        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.deconvolution(x, W, b, geometry)
-        return arrays_like(x, self._server.execute(call))["y"]
-
-    @reject_unknown_keywords
-    def deconvolution_2d_grad(
-        self,
-        x: Array | RemoteTensor,
-        W: Array | RemoteTensor,
-        b: Array | RemoteTensor | None,
-        gy: Array | RemoteTensor,
-        stride: IntOrPair = 1,
-        pad: IntOrPair = 0,
-        outsize: Sequence[SupportsIndex | None] | None = None,
-        *,
-        dilate: IntOrPair = 1,
-        groups: SupportsIndex = 1,
-        wanted: Collection[str] = GRADIENT_NAMES,
-    ) -> Gradients:
-        """Return the gradients of a loss with respect to `x`, `W` and `b` of a deconvolution.
-
-        These are the gradients that Chainer 7.8 computes for ``chainer.functions.deconvolution_2d``. For one group,
-        with h' = s_h h + d_h i - p_h and w' = s_w w + d_w j - p_w as in `deconvolution_2d`::
-
-            gx[n, c, h, w] = sum over o, i, j of gy[n, o, h', w'] W[c, o, i, j]
-            gW[c, o, i, j] = sum over n, h, w of gy[n, o, h', w'] x[n, c, h, w]
-            gb[o]          = sum over all n, h, w of gy[n, o, h, w]
-
-        Pixels outside gy count as 0.
-
-        Args:
-            x, W, b, stride, pad, outsize, dilate, groups: As they were given to `deconvolution_2d`. The elements
-                of x are used only for gW, those of W only for gx, and those of b never.
-            gy: Gradient of the loss with respect to the result y of `deconvolution_2d`: shape
-                ``(n, c_O, h_O, w_O)`` and the element type of x.
-            wanted: Names of the gradients to compute: one or more of ``"gx"``, ``"gW"`` and ``"gb"``, in any
-                collection. Operands that they do not need are not sent.
-
-        Returns:
-            ``(gx, gW, gb)``, with the shapes and element types of x, W and b. A gradient is None if it is not
-            wanted, and gb is None if b is None. They are cupy arrays if x is a cupy array, else numpy arrays.
-
-        Raises:
-            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
-                names it.
-            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
-                again.
-            TypeError: A keyword is unknown.
-        """
-        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        call = self._operations.differentiation(x, W, b, gy, geometry, wanted)
-        arrays = arrays_like(x, self._server.execute(call))
-        return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
-
-    @reject_unknown_keywords
-    def vjp(
-        self,
-        x: Array | RemoteTensor,
-        W: Array | RemoteTensor,
-        b: Array | RemoteTensor | None = None,
-        stride: IntOrPair = 1,
-        pad: IntOrPair = 0,
-        outsize: Sequence[SupportsIndex | None] | None = None,
-        *,
-        dilate: IntOrPair = 1,
-        groups: SupportsIndex = 1,
-    ) -> tuple[Array, Pullback]:
-        """Return the deconvolution y, and a function that returns the gradients for a given gy.
-
-        The name means vector-Jacobian product, as in ``jax.vjp``. The server keeps x and W until the pullback is
-        closed, so that a call of the pullback sends only gy. The client keeps references to the arrays x and W: if
-        the server loses one, it is sent again, provided it still has the same elements. For cupy arrays, these
-        references are copies on the host.
-
-        Args:
-            x, W, b, stride, pad, outsize, dilate, groups: As given to `deconvolution_2d`.
-
-        Returns:
-            ``(y, pullback)``: y as from `deconvolution_2d`, and a `Pullback`. ``pullback(gy)`` returns the gradients
-            ``(gx, gW, gb)``, as `deconvolution_2d_grad` does; they are cupy arrays if gy is one.
-
-        Raises:
-            InvalidArgumentError: An argument has a wrong type, shape or value (a ValueError). Its ``argument``
-                names it.
-            ExhaustedError: The server has no room to keep x and W (a MemoryError).
-            LostTensorError: An operand is a RemoteTensor that the server no longer has and the client cannot send
-                again.
-            TypeError: A keyword is unknown.
-        """
-        geometry = Geometry.from_arguments(stride, pad, outsize, dilate, groups)
-        images, filters = (
-            self._operations.make_resident("x", x),
-            self._operations.make_resident("W", W),
-        )
-        call = self._operations.deconvolution(images, filters, b, geometry)
-        y = arrays_like(x, self._server.execute(call))["y"]
-        pullback = Pullback(
-            self._operations, self._server, call.problem, images, filters, has_b=b is not None
-        )
-        return y, pullback
-
-    def put(self, array: Array | RemoteTensor) -> RemoteTensor:
+    def put(self, array: TensorLike) -> RemoteTensor:
         """Send an array for the server to keep, and return a RemoteTensor that stands for it in calls.
 
         The RemoteTensor has the value that the array has now. The client keeps a reference to the array: if the
@@ -307,7 +137,8 @@ class Connection:
         that reference is a copy on the host.
 
         Args:
-            array: A numpy or cupy array of float16, bfloat16, float32 or float64, of any shape. Or a RemoteTensor:
+            array: An array of float16, bfloat16, float32 or float64, of any shape, and of any kind that
+                `deconvolution_2d` takes. A float is one, too: a float64 without dimensions. Or a RemoteTensor:
                 then the result is another RemoteTensor for the same value, and the server keeps the value until
                 both are closed. The elements of another connection's RemoteTensor are fetched and sent.
 
@@ -321,7 +152,7 @@ class Connection:
         if isinstance(array, RemoteTensor):
             if array.belongs_to(residents):
                 return RemoteTensor(residents, array.resident_for(residents, "array").duplicate())
-            array = array.numpy()
+            array = RemoteTensor.numpy(array)  # not that of a subclass, which may be awaitable
         elements = host_array(self._operations.parse_operand("array", array)[0])
         spec = spec_of(elements)
         element_type("array", spec.dtype)
@@ -347,35 +178,43 @@ class Connection:
         Raises:
             InvalidArgumentError: No operand can have this shape or this element type (a ValueError).
         """
-        deadline = Deadline(self._timeout_s)
-        return self._server.borrower.empty(parse_shape(shape), parse_dtype(dtype), deadline)
+        return self._server.empty(parse_shape(shape), parse_dtype(dtype))
 
-    def using_config(self, name: str, value: object) -> AbstractContextManager[None]:
-        """Set an option for a ``with`` block, as Chainer's ``using_config`` does.
+    def submit(
+        self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_T]:
+        """Have a function called in a background thread, and return a future at once.
 
-        It applies to the calls of this connection in the current thread or asyncio task.
+        ::
+
+            future = F.submit(F.deconvolution_2d, x, W, stride=2)
+            y = future.result()
+
+        This is ``submit`` of ``concurrent.futures.Executor``. The function can be any function of this connection, of
+        its ``remote`` or of its tensors, a `Pullback`, or a function of yours that makes several calls. It runs with
+        the options that `using_config` has set here. Current CUDA streams are not passed on: wait for them before.
+
+        At most ``max_concurrent_calls`` of `connect` run at the same time. The others wait for their turn, and that
+        time counts: a call that has waited for longer than ``timeout_s`` raises DeadlineError.
+
+        ``cancel()`` of the future also ends a call that runs, and the server stops computing it. It returns True
+        unless the function has ended. ``result()`` then raises ``concurrent.futures.CancelledError``, also in threads
+        that wait for it. Until ``concurrent.futures.wait`` returns, the call may still read its operands. `close`
+        makes futures raise CallCancelledError. None of these threads keeps the process from exiting.
 
         Args:
-            name: The option:
-
-                - ``cudnn_deterministic``: two runs on the same device give the same bits. False by default.
-                - ``autotune``: measure the candidate algorithms once for each kind of call, and use the fastest.
-                  False by default.
-                - ``use_cudnn``: when to use cuDNN: ``'auto'`` if it is the fastest (the default), ``'always'`` if
-                  it can run the call, or ``'never'``.
-                - ``allow_tf32``: float32 operands may be rounded to TF32 in products. False by default. Chainer
-                  does not have this option.
-
-            value: True or False; for ``use_cudnn`` one of its three names.
+            function: What to call.
+            args, kwargs: Its arguments. The arrays must not change before the future is done.
 
         Raises:
-            InvalidArgumentError: There is no option of that name, or the option cannot have that value (a
-                ValueError). This is raised when the ``with`` block is entered.
+            CallCancelledError: The connection is closed.
         """
-        return self._config.using(name, value)
+        return self._pool.submit(function, *args, **kwargs)
 
     def server_info(self) -> ServerInfo:
-        """Return the server's version, devices, caches and limits.
+        """Return the server's version, devices, caches and limits, and what it has done since it started.
+
+        Of several servers, it is one of them.
 
         The counts of tensors that the server keeps include only those of this connection, and of connections with
         the same ``tenant_key``.
@@ -385,7 +224,7 @@ class Connection:
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING``, or another status of gRPC's health protocol.
 
-        The server is asked once, without retries.
+        The server is asked once, without retries. Of several servers, it is ``SERVING`` if one is.
         """
         return self._server.health()
 
@@ -401,10 +240,34 @@ class Connection:
         - ``download_us``: copying results from the device.
         - ``server_us``: all of it, from the arrival of the request to the end of the response.
 
-        Entries that do not apply to the device or the call are missing. The stages of a large call overlap, so their
+        Of a call that was split over several servers, it is the ledger of the slowest part. Entries that do not apply
+        to the device or the call are missing. The stages of a large call overlap, so their
         sum can be larger than ``server_us``. The mapping is empty before the first call.
         """
         return self._server.last_ledger
+
+    def ledgers(self) -> AbstractContextManager[list[CallLedger]]:
+        """Collect the ledgers of the calls in a ``with`` block, in a list of `CallLedger`, in the order they end.
+
+        ::
+
+            with F.ledgers() as ledgers:
+                y = F.deconvolution_2d(x, W)
+            print(ledgers[0])
+
+        It collects the calls of this connection in the current thread or asyncio task, and in tasks that the block
+        starts. Another thread collects by a block of its own. One function can make several calls: `put` and `vjp`
+        send tensors by calls of their own. Failed calls have no ledger. Blocks can be nested.
+        """
+        return self._server.ledgers.collect()
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the server lends memory on this host. Then to send an array again costs no more than a copy.
+
+        The first use asks the server, if no call has done so.
+        """
+        return self._server.lends_memory()
 
     def close(self) -> None:
         """Close the connection, within a second. Closing it twice is harmless.
@@ -413,6 +276,7 @@ class Connection:
         connection.
         """
         self._server.close()
+        self._pool.close()  # last: calls that run say that the connection was closed
 
     def __enter__(self) -> Connection:
         return self
@@ -421,14 +285,19 @@ class Connection:
         self.close()
 
     def __reduce__(self) -> tuple[partial[Connection], tuple[()]]:
-        # The tenant key is a secret, so it is not in the pickle: the copy takes it from its own environment.
+        # The tenant key and the token are secrets, so they are not in the pickle: the copy takes them from its own
+        # environment.
+        given: dict[str, Any] = {"tls": self._tls, "token": self._token_path}
         again = partial(
-            connect,
+            Connection,
             self.target,
             timeout_s=self._timeout_s,
             max_message_bytes=self._max_message_bytes,
             transport=self._transport.value,
+            tenant_key=None,
             fail_fast=self._fail_fast,
+            max_concurrent_calls=self._max_concurrent_calls,
+            **{name: value for name, value in given.items() if value is not None},
         )
         return again, ()
 

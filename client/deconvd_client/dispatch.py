@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -10,10 +14,22 @@ from deconvd.direct.events import MAX_MESSAGE_BYTES
 from deconvd.errors import LostTensorError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Buffer, Envelope
+from deconvd.wire.messages import USE_CUDNN_TENSOR_CORE
+from deconvd.wire.span_attributes import problem_attributes
 from deconvd.wire.tensor import elements_of
-from deconvd_client.calls.call_spec import CallResult, CallSpec, LastLedger
+from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.ledgers import LedgerRecorder
+from deconvd_client.calls.request_id import current_request_id, name_call
+from deconvd_client.calls.tracing import (
+    TRACE_SDK,
+    current_call_span,
+    record_call,
+    records_spans,
+)
+from deconvd_client.calls.transfer import Transfer
 from deconvd_client.residents import Attempt, Call, Resident, ResidentExecutor
 from deconvd_client.shared_memory import Borrower, call_with_shared_memory
 from deconvd_client.transports.large_call import make_large_call
@@ -28,6 +44,10 @@ _MAX_UNARY_BYTES: Final = (4 << 20) - (64 << 10)
 
 _MAX_BRIEF_BYTES: Final = MAX_MESSAGE_BYTES - (16 << 10)
 """The same for a message on a direct connection: up to here its copies cost less than a stream."""
+
+
+_MAX_SHARED_BYTES: Final = 128 << 20
+"""Largest operands and results together that `Dispatcher.execute_into` puts into shared memory."""
 
 
 class Dispatcher:
@@ -47,7 +67,7 @@ class Dispatcher:
         borrower: Memory that the server may lend; None if tensors must not go that way.
         residents: The tensors that the server keeps.
         empty: Returns new memory for a result.
-        ledger: Receives the ledger of each call.
+        ledgers: Records the ledger of each call.
         timeout_s: How long each call may take.
     """
 
@@ -57,7 +77,7 @@ class Dispatcher:
         borrower: Borrower | None,
         residents: ResidentExecutor,
         empty: Callable[[TensorSpec], Array],
-        ledger: LastLedger,
+        ledgers: LedgerRecorder,
         timeout_s: float,
     ) -> None:
         self._route = route
@@ -65,15 +85,19 @@ class Dispatcher:
         self._residents = residents
         self._empty = empty
         self._timeout_s = timeout_s
-        self._ledger = ledger
+        self._ledgers = ledgers
 
-    def execute(self, call: Call) -> dict[str, Array]:
+    def execute(self, call: Call, deadline: Deadline | None = None) -> dict[str, Array]:
         """Make a call and return its results, by the names of their fields.
+
+        Args:
+            deadline: When the caller must have an answer; None for the time that each call may take.
 
         Raises:
             LostTensorError: The server no longer has an operand, and it cannot be sent again.
         """
-        deadline = Deadline(self._timeout_s)
+        if deadline is None:
+            deadline = Deadline(self._timeout_s)
         operands: dict[str, Array] = {}
         for field, operand in call.operands.items():
             if isinstance(operand, Resident) or (
@@ -87,13 +111,44 @@ class Dispatcher:
         )
         return self.send(call_spec, self._borrower).arrays
 
-    def execute_and_keep(self, call: Call) -> dict[str, Resident]:
+    def execute_into(self, call: Call, transfer: Transfer) -> None:
+        """Make a call whose results go where `transfer` says.
+
+        All operands are sent, also those that others name by their digest. Shared memory is used only for small calls:
+        it counts as memory of this process, and the caller has other memory already.
+
+        Args:
+            call: Its operands are on the host, and none is a resident.
+        """
+        operands: dict[str, Array] = {}
+        total_bytes = sum(spec.nbytes for spec in call.results.values())
+        for field, operand in call.operands.items():
+            assert not isinstance(operand, Resident)
+            operands[field] = operand
+            total_bytes += operand.nbytes
+        call_spec = CallSpec(
+            call.operation,
+            call.request,
+            call.problem,
+            operands,
+            call.results,
+            Deadline(self._timeout_s),
+            transfer,
+        )
+        borrower = self._borrower if total_bytes <= _MAX_SHARED_BYTES else None
+        transfer.collect(self.send(call_spec, borrower).arrays)
+
+    def execute_and_keep(self, call: Call, deadline: Deadline | None = None) -> dict[str, Resident]:
         """Make a call whose results stay on the server, and return them as residents, by the names of their fields.
+
+        Args:
+            deadline: As for `execute`.
 
         Raises:
             LostTensorError: As for `execute`.
         """
-        attempt, result = self._execute_with_residents(call, Deadline(self._timeout_s))
+        deadline = deadline or Deadline(self._timeout_s)
+        attempt, result = self._execute_with_residents(call, deadline)
         return attempt.results(result.response)
 
     def send(self, call_spec: CallSpec, borrower: Borrower | None) -> CallResult:
@@ -102,10 +157,33 @@ class Dispatcher:
         Args:
             borrower: Memory for large tensors, on the host or on a card; None if they are sent.
         """
+        # small calls notice each function: the first two conditions need none
+        if TRACE_SDK in sys.modules and current_call_span.get() is None and records_spans():
+            return self._send_recorded(call_spec, borrower)
+        request_id = current_request_id.get()
+        if request_id:
+            call_spec = name_call(call_spec, request_id)
         work = partial(self._send_once, borrower=borrower, call_spec=call_spec)
+        start_s = time.perf_counter()
         result = self._route.call(work, call_spec.deadline)
-        self._ledger.text = result.ledger
+        self._ledgers.last.text = result.ledger
+        if self._ledgers.lists.get():  # small calls notice each function
+            self._ledgers.record(call_spec.operation.name, result.ledger, start_s)
         return result
+
+    def _send_recorded(self, call_spec: CallSpec, borrower: Borrower | None) -> CallResult:
+        """Make a call as `send` does, and record its span."""
+        attributes = {
+            **problem_attributes(call_spec.problem),
+            "deconvd.sent_bytes": sum(array.nbytes for array in call_spec.operands.values()),
+            "deconvd.received_bytes": sum(spec.nbytes for spec in call_spec.results.values()),
+        }
+        with record_call(call_spec.operation.name, attributes) as span:
+            request = deepcopy(call_spec.request)  # other calls share the original
+            span.write_context(request.telemetry)
+            result = self.send(replace(call_spec, request=request), borrower)
+            span.finish(result.ledger)
+            return result
 
     def _execute_with_residents(self, call: Call, deadline: Deadline) -> tuple[Attempt, CallResult]:
         """Make a call that has residents, and return the attempt that succeeded."""
@@ -140,6 +218,12 @@ class Dispatcher:
 
     def _send_once(self, stub: Stub, borrower: Borrower | None, call_spec: CallSpec) -> CallResult:
         """Make a call once: through shared memory, in one message, or in parts."""
+        if (span := current_call_span.get()) is not None:
+            span.begin_attempt(stub.target)
+        options = call_spec.request.options
+        if options.use_cudnn_tensor_core == pb.USE_CUDNN_TENSOR_CORE_NEVER:
+            remedy = "update it, or do without the value 'never'"
+            stub.require_feature(USE_CUDNN_TENSOR_CORE, remedy, call_spec.deadline)
         if borrower is not None:
             result = call_with_shared_memory(borrower, stub.call, call_spec)
             if result is not None:

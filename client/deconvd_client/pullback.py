@@ -6,13 +6,12 @@ from collections.abc import Collection
 from typing import NoReturn
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.model.dtypes import Array
 from deconvd.model.gradients import Gradients
 from deconvd.model.problem import Problem
-from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
+from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder, TensorLike
+from deconvd_client.call_executor import CallExecutor
 from deconvd_client.frameworks.framework import arrays_like
-from deconvd_client.residents import RemoteTensor, Resident
-from deconvd_client.server import Server
+from deconvd_client.residents import Resident
 
 __all__ = ["Pullback"]
 
@@ -30,7 +29,7 @@ class Pullback:
     def __init__(
         self,
         operations: CallBuilder,
-        server: Server,
+        executor: CallExecutor,
         problem: Problem,
         x: Resident,
         W: Resident,
@@ -38,15 +37,13 @@ class Pullback:
         has_b: bool,
     ) -> None:
         self._operations = operations
-        self._server = server
+        self._executor = executor
         self._problem = problem
         self._x = x
         self._W = W
         self._has_b = has_b
 
-    def __call__(
-        self, gy: Array | RemoteTensor, *, wanted: Collection[str] = GRADIENT_NAMES
-    ) -> Gradients:
+    def __call__(self, gy: TensorLike, *, wanted: Collection[str] = GRADIENT_NAMES) -> Gradients:
         """Return the gradients of a loss with respect to x, W and b. Only gy is sent.
 
         Args:
@@ -73,7 +70,7 @@ class Pullback:
         call = self._operations.backward(
             self._problem, self._x, self._W, gy, wanted, has_b=self._has_b
         )
-        arrays = arrays_like(gy, self._server.execute(call))
+        arrays = arrays_like(gy, self._executor.execute(call))
         return Gradients(gx=arrays.get("gx"), gW=arrays.get("gw"), gb=arrays.get("gb"))
 
     def close(self) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NoReturn, SupportsIndex
 
-from deconvd.model.dtypes import Array
 from deconvd.model.geometry import Geometry, IntOrPair
-from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder
+from deconvd_client.arguments import GRADIENT_NAMES, CallBuilder, TensorLike
+from deconvd_client.call_executor import CallExecutor
 from deconvd_client.keywords import reject_unknown_keywords
 from deconvd_client.residents import Call, RemoteGradients, RemoteTensor
-from deconvd_client.server import Server
 
 __all__ = ["Remote"]
 
@@ -23,16 +22,16 @@ class Remote:
     Cupy arrays are copied to the host before they are sent.
     """
 
-    def __init__(self, operations: CallBuilder, server: Server) -> None:
+    def __init__(self, operations: CallBuilder, executor: CallExecutor) -> None:
         self._operations = operations
-        self._server = server
+        self._executor = executor
 
     @reject_unknown_keywords
     def deconvolution_2d(
         self,
-        x: Array | RemoteTensor,
-        W: Array | RemoteTensor,
-        b: Array | RemoteTensor | None = None,
+        x: TensorLike,
+        W: TensorLike,
+        b: TensorLike | None = None,
         stride: IntOrPair = 1,
         pad: IntOrPair = 0,
         outsize: Sequence[SupportsIndex | None] | None = None,
@@ -63,10 +62,10 @@ class Remote:
     @reject_unknown_keywords
     def deconvolution_2d_grad(
         self,
-        x: Array | RemoteTensor,
-        W: Array | RemoteTensor,
-        b: Array | RemoteTensor | None,
-        gy: Array | RemoteTensor,
+        x: TensorLike,
+        W: TensorLike,
+        b: TensorLike | None,
+        gy: TensorLike,
         stride: IntOrPair = 1,
         pad: IntOrPair = 0,
         outsize: Sequence[SupportsIndex | None] | None = None,
@@ -100,8 +99,8 @@ class Remote:
 
     def _execute(self, call: Call) -> dict[str, RemoteTensor]:
         return {
-            field: RemoteTensor(self._server.residents, result)
-            for field, result in self._server.dispatcher.execute_and_keep(call).items()
+            field: RemoteTensor(self._executor.residents, result)
+            for field, result in self._executor.execute_and_keep(call).items()
         }
 
     def __reduce__(self) -> NoReturn:

@@ -11,12 +11,14 @@ import numpy as np
 from deconvd.direct.events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.host.buffer_pool import BufferPool
 from deconvd.host.forks import new_lock
-from deconvd.model.dtypes import Array
+from deconvd.model.dtypes import Array, DType
 from deconvd.wire.grpc_options import unix_path
 from deconvd.wire.ledger import parse_ledger
-from deconvd_client.calls.call_spec import LastLedger
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.ledgers import LedgerRecorder
 from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.transfer import Transfer
+from deconvd_client.credentials import Credentials
 from deconvd_client.dispatch import Dispatcher
 from deconvd_client.residents import Call, Resident, ResidentExecutor
 from deconvd_client.server_info import ServerInfo
@@ -29,7 +31,12 @@ from deconvd_client.transports.grpc.rpcs import RpcChannel
 from deconvd_client.transports.grpc.transport import GrpcTransport
 from deconvd_client.transports.retry_policy import RetryPolicy
 from deconvd_client.transports.route import Route, TransportName
-from deconvd_client.transports.side_sockets import find_memory_socket
+from deconvd_client.transports.side_sockets import (
+    Owners,
+    any_owner,
+    find_memory_socket,
+    trusted_owners,
+)
 from deconvd_client.transports.stub import Stub
 
 if TYPE_CHECKING:
@@ -66,13 +73,19 @@ class Server:
         transport: How tensors travel.
         max_message_bytes: The largest response to accept.
         tenant_key: As in HoldSessionRequest.
+        credentials: What it shows of itself, and how it knows the server.
         timeout_s: How long each call may take, in seconds.
         fail_fast: Whether a call fails at once if the server cannot be reached.
+        discovery_s: How long its calls wait, all together, for what is found out about a server over TCP; None for a
+            moment.
+        retries: Retries its calls; None for what `fail_fast` says.
+        ledgers: Records the ledgers of its calls; None if it is alone.
 
     Attributes:
         route: Leads to the server.
         borrower: Memory that it lends on this host.
         residents: The tensors that it keeps.
+        ledgers: Say where the time of its calls went.
         dispatcher: Makes calls whose operands are on the host.
     """
 
@@ -83,19 +96,24 @@ class Server:
         transport: TransportName,
         max_message_bytes: int,
         tenant_key: bytes,
+        credentials: Credentials,
         timeout_s: float,
         fail_fast: bool,
+        discovery_s: float | None = None,
+        retries: RetryPolicy | None = None,
+        ledgers: LedgerRecorder | None = None,
     ) -> None:
         self._timeout_s = timeout_s
         self._transport = transport
-        self._ledger = LastLedger()
+        self.ledgers: LedgerRecorder = ledgers or LedgerRecorder()
         self._result_pool = BufferPool(_RESULT_POOL_BYTES)
-        patience = Patience() if unix_path(target) else Patience(_DISCOVERY_PATIENCE_S)
-        open_stub = partial(_open_stub, transport, max_message_bytes, patience)
-        self.route: Route = Route(
-            open_stub, target, transport, RetryPolicy(fail_fast=fail_fast), patience
-        )
-        self._find_memory = partial(_find_memory_socket, self.route.target_stub)
+        patience_s = _DISCOVERY_PATIENCE_S if discovery_s is None else discovery_s
+        patience = Patience() if unix_path(target) else Patience(patience_s)
+        owners = any_owner if credentials.is_empty else partial(trusted_owners, unix_path(target))
+        open_stub = partial(_open_stub, transport, max_message_bytes, patience, credentials, owners)
+        retries = retries or RetryPolicy(fail_fast=fail_fast)
+        self.route: Route = Route(open_stub, target, transport, retries, patience, owners)
+        self._find_memory = partial(_find_memory_socket, self.route.target_stub, owners)
         is_only_way = transport is TransportName.SHARED_MEMORY
         self.borrower: Borrower = Borrower(
             self._find_memory, is_only_way=is_only_way, patience=patience
@@ -103,29 +121,49 @@ class Server:
         is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
             self.borrower.close()
-        empty, ledger = self._result_pool.empty, self._ledger
+        empty = self._result_pool.empty
         self.residents: ResidentExecutor = ResidentExecutor(
-            self.route, self.borrower, tenant_key, empty, ledger, timeout_s, patience
+            self.route, self.borrower, tenant_key, empty, self.ledgers, timeout_s, patience
         )
         borrower = self.borrower if is_lent else None
         self.dispatcher: Dispatcher = Dispatcher(
-            self.route, borrower, self.residents, empty, ledger, timeout_s
+            self.route, borrower, self.residents, empty, self.ledgers, timeout_s
         )
         self._card_dispatcher: CardDispatcher | None = None
         self._lock = new_lock()
         self._is_closed = False
 
-    def execute(self, call: Call) -> dict[str, Array]:
-        """Make a call whose arrays may be on cards, and return its results, by the names of their fields.
+    def execute(self, call: Call, deadline: Deadline | None = None) -> dict[str, Array]:
+        """See `CallExecutor`.
 
-        Results are cupy arrays if `call.results_like` is one, else numpy arrays. Raises LostTensorError, as
-        `Dispatcher.execute` does.
+        Args:
+            deadline: When the caller must have an answer; None for the time that each call may take.
         """
         if _HOST_TYPES.issuperset(map(type, (call.results_like, *call.operands.values()))):
-            return self.dispatcher.execute(call)
+            return self.dispatcher.execute(call, deadline)
         if isinstance(call.results_like, (np.ndarray, Resident)):
-            return self.dispatcher.execute(call.with_host_arrays())
-        return self._get_card_dispatcher().execute(call)
+            return self.dispatcher.execute(call.with_host_arrays(), deadline)
+        return self._get_card_dispatcher().execute(call, deadline)
+
+    def execute_and_keep(self, call: Call, deadline: Deadline | None = None) -> dict[str, Resident]:
+        """See `CallExecutor`."""
+        return self.dispatcher.execute_and_keep(call, deadline)
+
+    def execute_into(self, call: Call, transfer: Transfer) -> None:
+        """Make a call whose arrays are on the host, as `Dispatcher.execute_into` does."""
+        self.dispatcher.execute_into(call, transfer)
+
+    @property
+    def current_transport(self) -> TransportName | None:
+        """What large tensors travel by now; None before the first call. Small calls can go by another."""
+        stub = self.route.current_stub
+        if stub is None:
+            return None
+        if self.borrower.borrowed_bytes:
+            return TransportName.SHARED_MEMORY
+        if stub.direct is None or not stub.direct.has_connections:
+            return TransportName.GRPC
+        return TransportName.UNIX if unix_path(stub.target) else TransportName.TCP
 
     def info(self) -> ServerInfo:
         """Return the server's version, devices and limits."""
@@ -140,7 +178,19 @@ class Server:
     @property
     def last_ledger(self) -> dict[str, int]:
         """Where the time of this thread's last call went on the server, in microseconds."""
-        return parse_ledger(self._ledger.text)
+        return parse_ledger(self.ledgers.last_text)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        """Return a new array, in shared memory if possible. Raises InvalidArgumentError, as `Borrower.empty` does."""
+        return self.borrower.empty(shape, dtype, Deadline(self._timeout_s))
+
+    def lends_memory(self) -> bool:
+        """Return whether it lends memory on this host, as far as is known within the time of a call."""
+        return self.borrower.has_lender(Deadline(self._timeout_s))
+
+    def clear_last_ledger(self) -> None:
+        """Forget the ledger of this thread's last call."""
+        self.ledgers.forget_last()
 
     def close(self) -> None:
         """Close all connections, within a second. Calls under way, and later ones, raise CallCancelledError."""
@@ -184,20 +234,30 @@ class Server:
 
 
 def _open_stub(
-    transport: TransportName, max_message_bytes: int, patience: Patience, target: str
+    transport: TransportName,
+    max_message_bytes: int,
+    patience: Patience,
+    credentials: Credentials,
+    owners: Owners,
+    target: str,
 ) -> Stub:
     """Return the stub of a target; nothing is sent yet."""
     proxy = proxy_for(target)
+    is_near = bool(unix_path(target))  # so a connection is open in a moment
+    if is_near:
+        credentials = credentials.without_tls()
     rpcs = RpcChannel(
-        lambda: open_channel(target, max_message_bytes=max_message_bytes, proxy=proxy)
+        lambda: open_channel(
+            target, max_message_bytes=max_message_bytes, proxy=proxy, credentials=credentials
+        ),
+        credentials,
     )
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
-    connector = connector_for(target) if is_direct else None
-    is_near = bool(unix_path(target))  # so a connection is open in a moment
-    grpc = GrpcTransport(rpcs, ErrorHints(target, proxy))
+    connector = connector_for(target, credentials, owners) if is_direct else None
+    grpc = GrpcTransport(rpcs, ErrorHints(target, proxy, credentials))
     return Stub(target, grpc, connector, Patience() if is_near else patience)
 
 
-def _find_memory_socket(stub: Stub, deadline: Deadline) -> str:
+def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:
     """Return the path of the socket where the server lends memory; empty if it lends none on this host."""
-    return find_memory_socket(stub.get_server_info(deadline), unix_path(stub.target))
+    return find_memory_socket(stub.get_server_info(deadline), unix_path(stub.target), owners)

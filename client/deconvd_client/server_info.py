@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.cache_state import CacheState
+from deconvd.wire.server_counts import ServerCounts
 from deconvd.wire.tensor import element_type_from_number
 
 __all__ = ["DeviceDescription", "ServerInfo"]
@@ -25,6 +26,7 @@ class DeviceDescription:
         running_calls_count: How many calls run.
         waiting_calls_count: How many calls wait for their turn.
         caches: Its caches. Of the residents, only those of the connection's own tenant are counted.
+        busy_us: For how long at least one call has run on it, since the server started; 0 if the server does not know.
     """
 
     id: str
@@ -36,6 +38,7 @@ class DeviceDescription:
     running_calls_count: int
     waiting_calls_count: int
     caches: tuple[CacheState, ...]
+    busy_us: int = 0
 
     @classmethod
     def from_message(cls, message: pb.Device) -> DeviceDescription:
@@ -59,6 +62,9 @@ class ServerInfo:
         max_message_bytes: Size of the largest request or response.
         features: Names of the optional features that it supports.
         direct_port: The TCP port where it accepts direct connections; 0 if it accepts none.
+        instance_id: Another one after each start of the server.
+        counts: What it has done, and what it has in use; None if it is too old to count. To a client with a token or a
+            certificate it counts the calls of that client's identity alone.
     """
 
     version: str
@@ -67,6 +73,8 @@ class ServerInfo:
     max_message_bytes: int
     features: tuple[str, ...]
     direct_port: int
+    instance_id: str = ""
+    counts: ServerCounts | None = None
 
     @classmethod
     def from_message(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -79,4 +87,8 @@ class ServerInfo:
             max_message_bytes=message.limits.message_bytes,
             features=tuple(message.features),
             direct_port=message.direct_port,
+            instance_id=message.instance_id,
+            counts=(
+                ServerCounts.from_message(message.counts) if message.HasField("counts") else None
+            ),
         )

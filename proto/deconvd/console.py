@@ -52,8 +52,8 @@ def _prepare_streams() -> None:
             os.open(
                 os.devnull, os.O_RDWR
             )  # open() returns the lowest free number, which is this one
-    sys.stdout = sys.stdout or _open_devnull()
-    sys.stderr = sys.stderr or _open_devnull()
+    sys.stdout = sys.stdout or _open_descriptor(1)
+    sys.stderr = sys.stderr or _open_descriptor(2)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -94,5 +94,7 @@ def _is_output_error(error: OSError) -> bool:
     return frame.f_code is click.echo.__code__
 
 
-def _open_devnull() -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8")  # stays open until the process ends
+def _open_descriptor(descriptor: int) -> TextIO:
+    return open(
+        descriptor, "w", encoding="utf-8", closefd=False
+    )  # it stays open until the process ends

@@ -19,6 +19,7 @@ __all__ = [
     "LostTensorError",
     "NotFoundError",
     "StaleRegionError",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
 ]
@@ -28,7 +29,13 @@ class DeconvdError(Exception):
     """A call failed. The base class of all errors.
 
     It is raised directly if the server returns a status that has no subclass.
+
+    Attributes:
+        request_id: The name of the call in the server's log: the one that the client has set, else one that the server
+            has made. Empty if the server did not end the call.
     """
+
+    request_id: str = ""
 
     status: ClassVar[str] = "UNKNOWN"
     """Name of the `grpc.StatusCode` of this class on the wire."""
@@ -81,6 +88,12 @@ class LostSessionError(NotFoundError):
     """The session has ended, and its tensors have been dropped."""
 
     resource = "session"
+
+
+class UnauthenticatedError(DeconvdError, PermissionError):
+    """The server does not know who calls: credentials are missing, unknown or out of their time. Give valid ones."""
+
+    status = "UNAUTHENTICATED"
 
 
 class ExhaustedError(DeconvdError, MemoryError):

@@ -1,13 +1,10 @@
-"""The command `deconvd-server`: it reads its options, then runs a daemon until a signal reasons it."""
+"""The command `deconvd-server`: it reads its options, then runs a daemon until a signal ends it."""
 
 from __future__ import annotations
 
-import grp
 import logging
 import os
-import re
 import sys
-from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,33 +12,48 @@ from typing import NoReturn
 import click
 
 import deconvd
-from deconvd.console import discard_output
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.host.malloc import keep_freed_memory
+from deconvd_server.access_options import add_access_options, load_access_policy
 from deconvd_server.command_options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
-from deconvd_server.log_text import LogFormatter
+from deconvd_server.log_options import add_log_options, log_to_standard_error
+from deconvd_server.parent_watch import ParentWatch, start_parent_watch
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, budgets
 from deconvd_server.resources.descriptors import DescriptorGuard, raise_limit
-from deconvd_server.resources.socket_file import Access
+from deconvd_server.resources.systemd import SystemdNotifier
 from deconvd_server.settings import Settings
+from deconvd_server.socket_options import (
+    parse_file_mode,
+    parse_group_id,
+    parse_user_ids,
+    socket_access,
+)
+from deconvd_server.stop_options import add_stop_options
+from deconvd_server.token_command import token
+from deconvd_server.transports.observers import AccessLog, CallLog, Observer
+from deconvd_server.transports.tracing import CallTracer
 
-try:
-    from deconvd_server.daemon import Daemon
-    from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
-    from deconvd_server.shutdown import Drainer, run
-except ModuleNotFoundError as missing:
-    if missing.name not in (
-        "grpc_reflection",
-        "threadpoolctl",
-    ):  # the extra `server` installs these
-        raise
+
+def _exit_without(missing: ModuleNotFoundError) -> NoReturn:
+    """Exit because a module is missing that the extra `server` installs."""
+    if missing.name not in ("grpc_reflection", "prometheus_client", "threadpoolctl"):
+        raise missing
     sys.exit(
         f"deconvd-server: {missing.name} is missing. Install deconvd with its extra `server`: "
         "from a checkout, pip install '.[server]'"
     )
+
+
+try:
+    from deconvd_server.address_lines import print_addresses
+    from deconvd_server.daemon import Daemon
+    from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
+    from deconvd_server.shutdown import Drainer, run
+except ModuleNotFoundError as missing:
+    _exit_without(missing)
 
 __all__ = ["main"]
 
@@ -49,14 +61,6 @@ _GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
 """gRPC holds the limit in a signed 32-bit integer."""
 
 _MAX_THREADS_COUNT = 1024
-
-_USER_ID = re.compile(r"[0-9]{1,10}")
-_LAST_ID = 2**32 - 2
-"""The largest user or group id: the system uses the next one, -1, for "no change"."""
-
-_FILE_MODE = re.compile(r"0?[0-7]{3}")
-_GROUP_MODE = 0o660
-_WORLD_MODE = 0o666
 
 _log = logging.getLogger("deconvd_server")
 
@@ -69,41 +73,13 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     return name
 
 
-def _user_ids(
-    _context: click.Context, _parameter: click.Parameter, ids: str | None
-) -> tuple[int, ...]:
-    given = [] if not ids else ids.split(",")
-    if not all(_USER_ID.fullmatch(one) and int(one) <= _LAST_ID for one in given):
-        raise click.BadParameter(
-            f"{ids!r} is not a list of user ids up to {_LAST_ID}, as in 1000,1001"
-        )
-    return tuple(map(int, given))
-
-
-def _file_mode(
-    _context: click.Context, _parameter: click.Parameter, mode: str | None
-) -> int | None:
-    if not mode:
-        return None
-    if not _FILE_MODE.fullmatch(mode):
-        raise click.BadParameter(f"{mode!r} is not a file mode in octal digits, as in 0660")
-    return int(mode, 8)
-
-
-def _group_id(
-    _context: click.Context, _parameter: click.Parameter, group: str | None
-) -> int | None:
-    if not group:
-        return None
-    if _USER_ID.fullmatch(group) and int(group) <= _LAST_ID:
-        return int(group)
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise click.BadParameter(f"there is no group {group!r}") from None
-
-
-@click.command("deconvd-server", cls=ServerCommand, context_settings={"show_default": True})
+@click.group(
+    "deconvd-server",
+    cls=ServerCommand,
+    invoke_without_command=True,
+    subcommand_metavar="[token ...]",
+    context_settings={"show_default": True},
+)
 @click.option(
     "--listen",
     "addresses",
@@ -117,7 +93,7 @@ def _group_id(
     "--socket-mode",
     default=None,
     metavar="MODE",
-    callback=_file_mode,
+    callback=parse_file_mode,
     show_default="0660 with --socket-group, 0666 with --shared-memory-users, else what the umask leaves",
     help="Permissions of the Unix sockets, in octal digits: users who may write to a socket may call the server.",
 )
@@ -125,10 +101,11 @@ def _group_id(
     "--socket-group",
     default=None,
     metavar="GROUP",
-    callback=_group_id,
+    callback=parse_group_id,
     show_default="the one that the system gives new files",
     help="The group of the Unix sockets: a name or a number.",
 )
+@add_access_options
 @click.option(
     "--direct-calls/--no-direct-calls",
     "takes_direct_calls",
@@ -190,7 +167,7 @@ def _group_id(
     "--shared-memory-users",
     default=None,
     metavar="ID[,...]",
-    callback=_user_ids,
+    callback=parse_user_ids,
     show_default="none",
     help="Ids of the users who may borrow that memory, in addition to the server's own user and root. Any user may "
     "then call, unless --socket-mode or --socket-group restricts that.",
@@ -214,8 +191,8 @@ def _group_id(
     type=ByteSize(min=0),
     default=None,
     show_default="no quota: the least recently used are evicted",
-    help="How much memory the residents of one tenant may take. A tenant is all clients that send the same secret, or "
-    "else one connection.",
+    help="How much memory the residents of one identity may take: the name of a token or a certificate. Of callers "
+    "without one, those that send the same tenant key count together, and else each connection.",
 )
 @click.option(
     "--session-lease-s",
@@ -225,24 +202,41 @@ def _group_id(
     help="How long residents are kept for a client that sends no heartbeat.",
 )
 @click.option(
-    "--drain-timeout-s",
-    type=Seconds(min=0),
+    "--queue-wait-s",
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
-    default=30.0,
-    help="How long calls under way may take to end after SIGTERM or SIGINT. The process reasons at most two seconds "
-    "later, and at once at a second signal.",
+    default=None,
+    show_default="for others than deconvd's own client: as long as the call then takes at most three times as long as "
+    "alone, and at least 0.03",
+    help="How long a call may wait for others, whoever makes it. A call that would wait for longer, or until its "
+    "deadline, is refused at once, and told when to come back.",
 )
+@add_stop_options
 @click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    help="The least severe messages to log, on standard error.",
+    "--parent",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="PID",
+    show_default="none",
+    help="The process that starts the server. Once it has ended, the server drains as after SIGTERM, and removes the "
+    "directories of its Unix sockets if they are empty.",
 )
+@add_log_options
 @click.version_option(deconvd.__version__, prog_name="deconvd-server")
+@click.pass_context
 def main(
+    context: click.Context,
     addresses: tuple[str, ...],
     socket_mode: int | None,
     socket_group: int | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    tokens: Path | None,
+    is_insecure: bool,
+    health_port: int | None,
+    metrics_port: int | None,
+    metrics_readers: tuple[str, ...],
     takes_direct_calls: bool,
     direct_port: int,
     device: str,
@@ -256,8 +250,14 @@ def main(
     spill_memory_bytes: int | None,
     tenant_bytes: int | None,
     session_lease_s: float,
+    queue_wait_s: float | None,
     drain_timeout_s: float,
+    drain_delay_s: float,
+    device_timeout_s: float,
+    parent: int | None,
     log_level: str,
+    log_format: str,
+    logs_access: bool,
 ) -> None:
     """Serve deconvolutions to deconvd's clients.
 
@@ -270,15 +270,33 @@ def main(
     cgroup if that is less, as in a container. The same holds for processors.
 
     Exit codes: 0 after a drain, 1 if the server cannot start, 2 if an option is wrong, 3 if the
-    server must be restarted, 4 after a drain that cut calls short. README.md has them in a table.
+    server must be restarted, 4 after a drain that cut calls short, 5 if a GPU hangs. README.md has
+    them in a table.
     """
-    _log_to_standard_error(log_level)
+    if context.invoked_subcommand is not None:
+        return
+    log_handler = log_to_standard_error(log_level, log_format)
     _warn_of_unknown_variables()
+    try:
+        policy = load_access_policy(
+            addresses,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            tokens=tokens,
+            is_insecure=is_insecure,
+        )
+        policy.check_readers(metrics_port, metrics_readers)
+    except OSError as error:
+        _exit_with_error(error)
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
     _start_descriptor_guard()
+    # a server that another process has started for itself is not what systemd watches
+    notifier = SystemdNotifier(os.environ if parent is None else {})
     reasons = ExitReasons()
     drainer = Drainer(reasons)
+    watch = start_parent_watch(parent, addresses)
     devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=reasons.put)
     if max_message_bytes is None:
         max_message_bytes = machine.largest_message_bytes
@@ -289,6 +307,12 @@ def main(
     residents = ResidentLimits(
         resident_memory_bytes, spill_memory_bytes, tenant_bytes, lease_s=session_lease_s
     )
+    tracer = CallTracer.find()
+    observers: list[Observer] = [CallLog()]
+    if tracer is not None:
+        observers.append(tracer)
+    if logs_access:
+        observers.append(AccessLog())  # after the tracer: its lines have the traces
     try:
         daemon = Daemon(
             Settings(
@@ -300,10 +324,19 @@ def main(
                 residents,
                 takes_direct_calls=takes_direct_calls,
                 direct_port=direct_port,
-                access=_socket_access(socket_mode, socket_group, shared_memory_users),
+                access=socket_access(socket_mode, socket_group, shared_memory_users),
+                authenticator=policy.authenticator,
+                tls=policy.tls,
+                queue_wait_s=queue_wait_s,
+                health_port=health_port,
+                metrics_port=metrics_port,
+                metrics_readers=metrics_readers,
             ),
+            observers=observers,
             on_lost=lambda what: reasons.put(ServingLostError(what)),
         )
+    except ModuleNotFoundError as missing:
+        _exit_without(missing)
     except (OSError, DeconvdError) as error:
         _exit_with_error(error)
     try:
@@ -311,8 +344,28 @@ def main(
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         _exit_with_error(error)
-    _print_addresses(daemon.addresses)
-    run(daemon, reasons, drainer, drain_timeout_s)
+    _log.info("%s", daemon.description(policy.describe))
+    print_addresses(daemon, policy, metrics_readers)
+    notifier.notify_ready()
+    run(
+        daemon,
+        reasons,
+        drainer,
+        drain_timeout_s,
+        drain_delay_s=drain_delay_s,
+        device_timeout_s=device_timeout_s,
+        notifier=notifier,
+        on_tick=log_handler.write_repeats,
+        on_end=partial(_end, watch, tracer),
+    )
+
+
+def _end(watch: ParentWatch | None, tracer: CallTracer | None, timeout_s: float) -> None:
+    """Do what is left to do when the server has stopped."""
+    if watch is not None:
+        watch.clean_up()
+    if tracer is not None:
+        tracer.flush(timeout_s)
 
 
 def _start_descriptor_guard() -> None:
@@ -322,31 +375,6 @@ def _start_descriptor_guard() -> None:
     except OSError as error:
         sys.exit(f"deconvd-server: {error.strerror}")
     guard.start()
-
-
-def _socket_access(mode: int | None, group: int | None, users: Collection[int]) -> Access | None:
-    """Return who may open the Unix sockets; None to leave that to the umask."""
-    if mode is None:
-        if group is None and not users:
-            return None
-        mode = _WORLD_MODE if group is None else _GROUP_MODE
-    return Access(mode, group)
-
-
-def _log_to_standard_error(level: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-
-
-def _print_addresses(addresses: Sequence[str]) -> None:
-    """Print where the server listens. If that fails, the server serves all the same."""
-    try:
-        for address in addresses:
-            print(f"deconvd-server: listening on {address}", flush=True)
-    except OSError as error:
-        _log.warning("cannot print the addresses to standard output: %s", error.strerror)
-        discard_output()
 
 
 def _warn_of_unknown_variables() -> None:
@@ -359,6 +387,9 @@ def _exit_with_error(error: Exception) -> NoReturn:
     if isinstance(error, InvalidArgumentError):
         raise error
     sys.exit(f"deconvd-server: {error}")
+
+
+main.add_command(token)
 
 
 if __name__ == "__main__":

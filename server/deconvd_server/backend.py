@@ -6,16 +6,23 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from deconvd.errors import DeconvdError
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd.wire.server_counts import MemoryUse, ServerCounts
+from deconvd_server.call.counts import CallCounts
 from deconvd_server.device import Device
 from deconvd_server.engine.admission import Admission
-from deconvd_server.engine.engine import Engines
+from deconvd_server.engine.engine import Engine, Engines
+from deconvd_server.engine.queue_limits import WaitLimit
+from deconvd_server.engine.result_arrays import idle_result_bytes
 from deconvd_server.residents import Residents
 from deconvd_server.resources.budgets import budgets
+from deconvd_server.resources.machine import memory_bytes, used_bytes
 from deconvd_server.resources.socket_file import AddressInUseError
 from deconvd_server.resources.unix_listener import (
     SideSocket,
@@ -25,7 +32,7 @@ from deconvd_server.resources.unix_listener import (
 )
 from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
 from deconvd_server.service.deconvolution import DeconvolutionService
-from deconvd_server.service.method import RpcMethod
+from deconvd_server.service.method import RpcMethod, idle_operand_bytes
 from deconvd_server.service.parsed_request import SLICES_IN_FLIGHT
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.settings import Settings
@@ -65,6 +72,7 @@ class Backend:
         devices: At least one. `close` closes them; if this cannot be made, the caller does.
         addresses: The addresses of the settings, as `bind` has returned them.
         observers: They are told of every direct call.
+        call_counts: Counts the calls of all transports. It is one of the observers.
         on_lost: Called with the name of what is lost, in any thread, if an unforeseen error ends a thread that all
             calls need. Only a new process helps then.
 
@@ -78,10 +86,12 @@ class Backend:
         devices: Sequence[Device],
         addresses: Sequence[str],
         observers: Sequence[Observer],
+        call_counts: CallCounts,
         on_lost: Callable[[str], None] = lambda _what: None,
     ) -> None:
         instance = secrets.token_bytes(16)
         listeners = _listen_for_direct_calls(settings, addresses)  # first, because it may fail
+        self._direct_port = listeners[0].getsockname()[1] if listeners else None
         grpc_paths = [Path(path) for path in unix_socket_paths(addresses)]
         memory_sides = _open_memory_sockets(settings, grpc_paths)
         call_sides = _open_call_sockets(settings, grpc_paths)
@@ -96,19 +106,27 @@ class Backend:
                 for path in grpc_paths
             ],
             shared_memory_socket=next((str(side.path) for side in memory_sides.values()), ""),
-            direct_port=listeners[0].getsockname()[1] if listeners else 0,
+            direct_port=self._direct_port or 0,
         )
-        self._messages = Admission(
-            _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
-            2
-            * budgets().messages_bytes,  # not for calls on the processor: its own budget counts their messages
-            _WAITING_CALLS_COUNT,
-            reserved_count=_WAITING_CALLS_COUNT // 4,
-            memory="the host's memory for messages",
+        self._call_counts = call_counts
+        self._machine_bytes = memory_bytes()
+        self._messages_limit_bytes = 2 * budgets().messages_bytes
+        self._messages = (
+            Admission(  # not for calls on the processor: its own budget counts their messages
+                _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
+                self._messages_limit_bytes,
+                _WAITING_CALLS_COUNT,
+                reserved_count=_WAITING_CALLS_COUNT // 4,
+                memory="the host's memory for messages",
+            )
         )
         self._engines = Engines(
-            devices, waiting_count=_WAITING_CALLS_COUNT // len(devices), messages=self._messages
+            devices,
+            waiting_count=_WAITING_CALLS_COUNT // len(devices),
+            wait_limit=WaitLimit(settings.queue_wait_s),
+            messages=self._messages,
         )
+        self._resident_limits = settings.residents
         self.residents = Residents(self._engines, settings.residents)
         self.lender = _make_lender(
             settings, self._engines, list(memory_sides.values()), instance, on_lost
@@ -129,6 +147,7 @@ class Backend:
             self.residents,
             self.lender,
             endpoints,
+            self.counts,
             max_message_bytes=settings.max_message_bytes,
             streams=self.stream_admission,
             executor=self._slices,
@@ -137,8 +156,57 @@ class Backend:
         self._direct: DirectServer | None = None
         if settings.takes_direct_calls:
             self._direct = DirectServer(
-                list(call_sides.values()), listeners, self.methods, instance, observers, on_lost
+                list(call_sides.values()),
+                listeners,
+                self.methods,
+                instance,
+                settings.authenticator,
+                settings.tls,
+                observers,
+                on_lost,
             )
+
+    def counts(self, identity: str) -> ServerCounts:
+        """Return what the server has done for an identity, or for all if it is empty, and what it has in use now."""
+        streams = self.stream_admission.load
+        memory = [
+            MemoryUse("messages", self._messages.taken_bytes, self._messages_limit_bytes),
+            MemoryUse("streams", streams.used_bytes, budgets().streams_bytes),
+            MemoryUse(
+                "pools", idle_operand_bytes() + idle_result_bytes(), 2 * budgets().pool_bytes
+            ),
+            MemoryUse("process", used_bytes(), self._machine_bytes),
+        ]
+        if self.lender is not None:
+            memory.append(
+                MemoryUse("shared memory", self.lender.lent_bytes, self.lender.limit_bytes)
+            )
+        return ServerCounts(
+            uptime_us=self._call_counts.uptime_us,
+            methods=tuple(self._call_counts.methods(identity)),
+            stages=tuple(self._call_counts.stages(identity)),
+            memory=tuple(memory),
+            sessions_count=self.residents.sessions.count,
+            direct_connections_count=0 if self._direct is None else self._direct.connections_count,
+            borrowers_count=0 if self.lender is None else self.lender.borrowers_count,
+            running_streams_count=streams.running_count,
+            waiting_streams_count=streams.waiting_count,
+        )
+
+    def description(self) -> str:
+        """Return the port for direct calls, the devices and the budgets, as the end of a line for the log."""
+        port = "" if self._direct_port is None else f", direct calls on port {self._direct_port}"
+        limits = self._resident_limits
+        devices = ", ".join(
+            f"{engine.info.id} ({engine.info.name}, {engine.info.budget_bytes} bytes, of them "
+            f"{limits.bytes_on(engine)} for residents, {engine.info.calls_count} calls at once)"
+            for engine in self._engines.all
+        )
+        shared_bytes = 0 if self.lender is None else self.lender.limit_bytes
+        return (
+            f"{port}; devices: {devices}; host memory in bytes: {self._messages_limit_bytes} for messages, "
+            f"{budgets().streams_bytes} for streams, {shared_bytes} shared, {limits.host_bytes} spilled"
+        )
 
     def budgeted_bytes(self) -> int:
         """Return the host memory that budgets count now, without the memory that is lent to clients."""
@@ -154,6 +222,21 @@ class Backend:
         has_cards = any(engine.info.has_own_memory for engine in self._engines.all)
         machine = budgets()
         return _POOLS_COUNT * machine.pool_bytes + has_cards * machine.registered_bytes
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """The engines, one for each device."""
+        return self._engines.all
+
+    def hung_device(self, timeout_s: float) -> str | None:
+        """Return a device for which a thread has waited longer than `timeout_s`; None if there is none."""
+        began_s = time.monotonic() - timeout_s
+        return next((e.info.id for e in self._engines.all if e.waiting_since_s < began_s), None)
+
+    def abort_direct_calls(self, error: DeconvdError) -> None:
+        """End the direct calls under way with an error, even if their threads hang."""
+        if self._direct is not None:
+            self._direct.abort(error)
 
     def withdraw(self) -> None:
         """Accept no more clients, direct calls and sessions, and give up the sockets' paths. Calls under way go on."""

@@ -20,15 +20,27 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MOST_BYTES = 2**63 - 1
 """The largest number of bytes that a message of the schema can tell."""
 
-_CLIENT_VARIABLES = frozenset({"DECONVD_TARGET", "DECONVD_TENANT_KEY"})
+_CLIENT_VARIABLES = frozenset(
+    {
+        "DECONVD_CLIENT_CERT",
+        "DECONVD_CLIENT_KEY",
+        "DECONVD_TARGET",
+        "DECONVD_TENANT_KEY",
+        "DECONVD_TLS_CA",
+        "DECONVD_TOKEN",
+        "DECONVD_TOKEN_FILE",
+    }
+)
 _KUBERNETES_VARIABLES = re.compile(
     r"DECONVD_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 """Variables that Kubernetes sets in every container where a Service has the name deconvd."""
 
 
-class ServerCommand(CliCommand):
+class ServerCommand(CliCommand, click.Group):
     """A command whose options can all be set in the environment, by a variable with the option's own name.
+
+    It has further commands, with options of their own.
 
     click would name the variable after the Python parameter instead.
     """

@@ -24,3 +24,6 @@ class ExitCode(IntEnum):
 
     CUT_SHORT = 4
     """It was asked to end, and calls were cut short, by the time limit of the drain or by a second signal."""
+
+    DEVICE_HUNG = 5
+    """A kernel or copy of a card did not end in time: only a new process gets the card back, if the card recovers."""

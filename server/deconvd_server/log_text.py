@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from types import TracebackType
 from typing import Final, TypeAlias
 
-__all__ = ["LogFormatter", "excerpt", "printable"]
+__all__ = ["FIELDS", "REPEATS", "JsonLogFormatter", "LogFormatter", "excerpt", "printable"]
 
 _EXCERPT_LENGTH: Final = 200
 """How many characters of a client's text the log gets."""
+
+FIELDS: Final = "fields"
+"""The attribute of a record that has fields of its own for JSON, in a dictionary. The line of text says the same."""
+
+REPEATS: Final = "repeats_count"
+"""The attribute of a record that tells how many like it were left out since the last one."""
+
+_GRPC_CORE_LOGGER: Final = "grpc._cython.cygrpc"
+
+_NOT_UTF8: Final = "a call's metadata has %d bytes that are not UTF-8"
 
 _INDENT: Final = "    "
 
@@ -40,11 +52,51 @@ class LogFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's line, and its traceback."""
+        return super().format(_without_metadata(record))
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return a record's line."""
-        return printable(super().formatMessage(record))
+        line = printable(super().formatMessage(record))
+        repeats_count = getattr(record, REPEATS, 0)
+        return f"{line} (and {repeats_count} more like this)" if repeats_count else line
 
     def formatException(self, ei: _ExcInfo) -> str:
         """Return a traceback, indented: the text of an error may have lines that look like records."""
         lines = super().formatException(ei).split("\n")
         return "\n".join(_INDENT + printable(line) for line in lines)
+
+
+class JsonLogFormatter(logging.Formatter):
+    """Formats each record as one JSON object on a line of ASCII letters, whatever its texts contain."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's line."""
+        record = _without_metadata(record)
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry: dict[str, object] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if repeats_count := getattr(record, REPEATS, 0):
+            entry["repeats"] = repeats_count
+        entry |= getattr(record, FIELDS, {})
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _without_metadata(record: logging.LogRecord) -> logging.LogRecord:
+    """Return a record that quotes no metadata of a client.
+
+    gRPC quotes each piece that is not UTF-8, with a traceback. That is the client's fault and says nothing about the
+    server, and the piece may be a token with a stray byte. So such a record becomes one line that quotes nothing.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name != _GRPC_CORE_LOGGER or not isinstance(error, UnicodeDecodeError):
+        return record
+    changes = {"exc_info": None, "args": (len(error.object),), "msg": _NOT_UTF8}
+    return logging.makeLogRecord(record.__dict__ | changes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from deconvd_server.access.authenticator import Authenticator
+from deconvd_server.access.server_tls import ServerTls
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.resources.socket_file import Access
 
@@ -25,6 +27,13 @@ class Settings:
         takes_direct_calls: Whether it accepts direct connections.
         direct_port: The TCP port for them, on the hosts of `addresses`; 0 for any free port.
         access: Who may open the Unix sockets; None to leave that to the process's umask.
+        authenticator: Says who a caller is.
+        tls: How connections by TCP are encrypted; None if they are not.
+        queue_wait_s: How long a call may wait for others; None for the default of `WaitLimit`.
+        health_port: The TCP port where health alone is served, in plain text and without credentials, on the hosts of
+            `addresses`; 0 for any free port, None for none.
+        metrics_port: The TCP port where metrics are served, on the same hosts; 0 for any free port, None for none.
+        metrics_readers: The identities that see the metrics of all tenants. Others see those of their own calls.
     """
 
     addresses: Sequence[str]
@@ -36,3 +45,9 @@ class Settings:
     takes_direct_calls: bool = True
     direct_port: int = 0
     access: Access | None = None
+    authenticator: Authenticator = field(default_factory=Authenticator)
+    tls: ServerTls | None = None
+    queue_wait_s: float | None = None
+    health_port: int | None = None
+    metrics_port: int | None = None
+    metrics_readers: Collection[str] = ()

@@ -34,6 +34,7 @@ from deconvd.wire.status import error_from_status
 from deconvd_client import Connection
 from tests import definition
 from tests.direct_calls import REQUEST, W, X, receive_answer, send_call
+from tests.servers import only_server
 from tests.session_clients import array_of
 from tests.soak.cases import Case, chainers, large, small
 from tests.soak.places import NICENESS, Interval, Places, end_at_sigterm, open_stream
@@ -162,7 +163,7 @@ class _Library:
 def _make_overlapped_client(places: Places) -> _Library:
     """Return a client whose large calls begin before their arrays are copied, though the processor follows no copy."""
     client = _Library(places.unix, "auto", _EARLY)
-    direct = client.F._server.route.target_stub.direct
+    direct = only_server(client.F).route.target_stub.direct
     assert direct is not None
     pytest.MonkeyPatch().setattr(direct._overlap_backoff, "is_due", lambda: True)
     return client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Results:
             errors = [f for f in o.failures if f.is_last and self._must_end(f.when)]
             yield from _few(f"{o.way}: an error", [f"{f.kind}: {f.text}" for f in errors])
             if self._presence_s(o.slowest) > _CALL_S:
-                yield f"{o.way}: a call took {_length_s(o.slowest):.1f} s"
+                yield f"{o.way}: a call took {_length_s(o.slowest):.1f} s, until {_time_of_day(o.slowest[1])}"
             if not o.answered:
                 yield f"{o.way}: not one call was answered"
         checks = [check for check in self.checks if self._counts(check.when)]
@@ -172,6 +173,11 @@ def _is_outcome_known(failure: Failure, drain: Drain) -> bool:
 
 def _length_s(interval: Interval) -> float:
     return interval[1] - interval[0]
+
+
+def _time_of_day(at_s: float) -> str:
+    """Return when something was on the monotonic clock, as logs have it."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() - time.monotonic() + at_s))
 
 
 def _latency(check: Check) -> float:

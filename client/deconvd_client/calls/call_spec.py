@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +15,11 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import message_from_geometry, message_from_options, messages_for
 from deconvd.wire.tensor import message_from_spec
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.transfer import Transfer
 
 __all__ = [
     "CallResult",
     "CallSpec",
-    "LastLedger",
     "Request",
     "Response",
     "make_request",
@@ -44,6 +43,7 @@ class CallSpec:
         operands: The operands to send, by the names of their fields, in the order of streams.
         results: The results to return, likewise.
         deadline: When the caller must have an answer.
+        transfer: Memory for the results, and the count of what travels; None if the results may be anywhere.
     """
 
     operation: Operation
@@ -52,6 +52,7 @@ class CallSpec:
     operands: Mapping[str, Array]
     results: Mapping[str, TensorSpec]
     deadline: Deadline
+    transfer: Transfer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +68,6 @@ class CallResult:
     response: Response
     arrays: dict[str, Array]
     ledger: str
-
-
-class LastLedger(threading.local):
-    """The ledger of the last call. Each thread has its own.
-
-    Attributes:
-        text: In the format of `deconvd.wire.ledger`; empty before the first call.
-    """
-
-    text = ""
 
 
 @lru_cache(_REQUEST_CACHE_SIZE)
@@ -96,6 +87,7 @@ def make_request(
     request: Any = messages_for(operation).request(
         geometry=message_from_geometry(problem.geometry),
         options=message_from_options(options),
+        waits=True,
     )
     for name in operation.operands:
         if name not in operation.optional or name in optional:

@@ -9,16 +9,19 @@ from typing import Generic, Protocol, TypeVar
 from google.protobuf.message import Message
 
 from deconvd.direct.events import MethodCode
+from deconvd.errors import UnavailableError
 from deconvd.model.dtypes import Array
 from deconvd.wire.stream_parts import Part, PartSource
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.transfer import Transfer
 
 __all__ = [
     "NotServedDirectlyError",
     "OutcomeUnknownError",
     "StreamAttempt",
     "StripedAttempt",
+    "TlsFailureError",
     "Transport",
 ]
 
@@ -31,6 +34,10 @@ class NotServedDirectlyError(Exception):
 
 class OutcomeUnknownError(NotServedDirectlyError):
     """A call was lost after it was sent: the server may have computed it, or may still do so."""
+
+
+class TlsFailureError(UnavailableError):
+    """Client and server do not agree on TLS, or on each other's certificates. A retry would fail alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +69,14 @@ class StripedAttempt:
         request: The request message.
         operands: The operands that are sent, in the layout of `Tensor.raw`, in the order of `Operation.write_order`.
         results: Memory for the results that are returned, in the operation's order.
+        transfer: Counts what travels, if not None.
     """
 
     method: MethodCode
     request: bytes
     operands: Sequence[Array]
     results: Sequence[Array]
+    transfer: Transfer | None = None
 
 
 class Transport(Protocol):

@@ -9,14 +9,17 @@ locked). With the work in another thread, the main thread only waits for it, and
 from __future__ import annotations
 
 import _thread
+import math
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final, Generic, TypeAlias, TypeVar, cast
 
 from deconvd.host.forks import register_fork_reset
+from deconvd_client.calls.cancel_scope import CancelScope, fail_on_cancel
 
 __all__ = [
     "BackgroundTask",
@@ -33,18 +36,30 @@ _WorkQueue: TypeAlias = SimpleQueue[Callable[[], object]]
 _IDLE_TIMEOUT_S: Final = 30.0
 """How long an idle thread waits for more work."""
 
+_SIGNAL_CHECK_INTERVAL_S: Final = 0.2
+"""How long a thread waits without a look for signals.
 
-def call_uninterrupted(work: Callable[[], _T], give_up: Callable[[], object] = lambda: None) -> _T:
+A signal can arrive after Python's last look and before the thread sleeps, or in another thread. It does not wake the
+sleeping thread then, so its handler would run only after the wait.
+"""
+
+
+def call_uninterrupted(
+    work: Callable[[], _T],
+    give_up: Callable[[], object] = lambda: None,
+    scope: CancelScope | None = None,
+) -> _T:
     """Return what `work` returns, or raise what it raises. In the main thread, a background thread does the work.
 
-    If the caller is interrupted it stops waiting, and the work goes on.
+    If the caller is interrupted or cancelled it stops waiting, and the work goes on.
 
     Args:
-        give_up: Called in another thread if the caller is interrupted. It should make the work end soon.
+        give_up: Called in another thread if the caller stops waiting. It should make the work end soon.
+        scope: Who can cancel the caller. Then a background thread does the work in any case.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if scope is None and threading.current_thread() is not threading.main_thread():
         return work()
-    return BackgroundTask(work).run(give_up)
+    return BackgroundTask(work).run(give_up, scope=scope)
 
 
 def run_in_background(work: Callable[[], object]) -> None:
@@ -77,12 +92,17 @@ class Promise(Generic[_T]):
         """Give an error, for the waiting thread to raise."""
         self._outcome.put((None, error))
 
-    def wait(self, within_s: float | None = None) -> _T:
+    def wait(self, within_s: float = math.inf) -> _T:
         """Return the value, or raise the error. Raises PromiseTimeoutError if there is neither in time."""
-        try:
-            value, error = self._outcome.get(timeout=within_s)
-        except Empty:
-            raise PromiseTimeoutError from None
+        end_s = time.monotonic() + within_s
+        while True:
+            wait_s = min(end_s - time.monotonic(), _SIGNAL_CHECK_INTERVAL_S)
+            try:
+                value, error = self._outcome.get(timeout=max(wait_s, 0.0))
+                break
+            except Empty:
+                if time.monotonic() >= end_s:
+                    raise PromiseTimeoutError from None
         if error is None:
             return cast("_T", value)
         try:
@@ -100,20 +120,26 @@ class BackgroundTask(Generic[_T]):
         self._has_ended = False
 
     def run(
-        self, give_up: Callable[[], object] = lambda: None, within_s: float | None = None
+        self,
+        give_up: Callable[[], object] = lambda: None,
+        within_s: float = math.inf,
+        scope: CancelScope | None = None,
     ) -> _T:
         """Have the work done; return its value, or raise its error.
 
         Args:
             give_up: Called in another thread if the caller leaves before the work has ended.
-            within_s: How long to wait at most, in seconds; None if the work itself keeps the deadline.
+            within_s: How long to wait at most, in seconds; infinite if the work itself keeps the deadline.
+            scope: Who can cancel the caller.
 
         Raises:
             PromiseTimeoutError: The work has not ended in time.
+            CallCancelledError: The scope was cancelled.
         """
         try:
             _worker_pool.submit(self._execute)
-            return self._promise.wait(within_s)
+            with fail_on_cancel(scope, self.fail):
+                return self._promise.wait(within_s)
         except BaseException:
             if not self._has_ended:
                 _worker_pool.submit(give_up)

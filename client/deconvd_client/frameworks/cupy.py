@@ -8,7 +8,16 @@ import cupy
 
 from deconvd.model.dtypes import Array
 
-__all__ = ["CupyFramework"]
+__all__ = ["CupyFramework", "array_from_dlpack"]
+
+
+def array_from_dlpack(tensor: Any) -> Any:
+    """Return another library's tensor on a card as a cupy array in the same memory.
+
+    Cupy's current stream waits for what is enqueued on the library's current stream.
+    """
+    with cupy.cuda.Device(tensor.__dlpack_device__()[1]):
+        return cupy.from_dlpack(tensor)
 
 
 class CupyFramework:

@@ -2,7 +2,11 @@
 
 from deconvd_client.residents.attempt import Attempt, Call
 from deconvd_client.residents.executor import ResidentExecutor
-from deconvd_client.residents.remote_tensor import RemoteGradients, RemoteTensor
+from deconvd_client.residents.remote_tensor import (
+    RemoteGradients,
+    RemoteTensor,
+    ResidentStore,
+)
 from deconvd_client.residents.resident import Resident
 from deconvd_client.residents.source_array import SourceArray
 
@@ -13,5 +17,6 @@ __all__ = [
     "RemoteTensor",
     "Resident",
     "ResidentExecutor",
+    "ResidentStore",
     "SourceArray",
 ]

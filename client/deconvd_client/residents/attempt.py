@@ -37,6 +37,7 @@ class Call:
         results_like: The operand that decides where results go: an array of numpy's (results are on the host), an
             array of cupy's (results are on its card), or a Resident (results are on the host). The request
             need not use this operand.
+        sources: Operands whose digests are known already or may be needed again, by the names of their fields.
     """
 
     operation: Operation
@@ -46,6 +47,7 @@ class Call:
     results: Mapping[str, TensorSpec]
     keep_results: bool
     results_like: Any
+    sources: Mapping[str, SourceArray] | None = None
 
     def with_host_arrays(self) -> Call:
         """Return the same call with numpy arrays in place of those that are on cards."""
@@ -107,11 +109,12 @@ class Attempt:
         self._request: Request = request
         if call.keep_results:
             _keep_results(self._request)
+        sources = call.sources or {}
         for field, operand in call.operands.items():
             if isinstance(operand, Resident):
                 self._add_resident(field, operand)
             else:
-                self._add_array(field, operand)
+                self._add_array(field, operand, sources.get(field))
 
     @property
     def call_spec(self) -> CallSpec:

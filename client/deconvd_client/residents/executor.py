@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
@@ -11,8 +12,8 @@ import numpy as np
 from deconvd.errors import ExhaustedError, LostSessionError, LostTensorError
 from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
-from deconvd_client.calls.call_spec import LastLedger
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.ledgers import LedgerRecorder
 from deconvd_client.calls.patience import Patience
 from deconvd_client.residents.attempt import AttemptContext
 from deconvd_client.residents.known_digests import KnownDigests
@@ -39,7 +40,7 @@ class ResidentExecutor:
         borrower: Memory that the server may lend.
         tenant_key: As in HoldSessionRequest.
         empty: Returns new memory for a tensor.
-        ledger: Receives the ledger of each call.
+        ledgers: Records the ledger of each call.
         timeout_s: How long each call may take, in seconds.
         patience: Bounds how long calls wait for a session that they can do without.
 
@@ -53,34 +54,32 @@ class ResidentExecutor:
         borrower: Borrower,
         tenant_key: bytes,
         empty: Callable[[TensorSpec], Array],
-        ledger: LastLedger,
+        ledgers: LedgerRecorder,
         timeout_s: float,
         patience: Patience,
     ) -> None:
-        self._ledger = ledger
+        self._ledgers = ledgers
         self._timeout_s = timeout_s
         self._session = ClientSession(route, tenant_key)
         self.known_digests: KnownDigests = KnownDigests(self._session, borrower, patience)
         self._transfers = Transfers(route, borrower, empty)
 
-    def put(self, array: Array) -> Resident:
+    def put(self, array: Array, deadline: Deadline | None = None) -> Resident:
         """Send an array, and return the resident. The resident refers to the array, so that it can be sent again."""
-        deadline = Deadline(self._timeout_s)
+        limit = deadline or Deadline(self._timeout_s)
         source = SourceArray(array)
         resident = Resident(spec_of(array), source=source)
-        self.run_in_session(
-            lambda session: self._put(session, resident, source, deadline), deadline
-        )
+        self.run_in_session(lambda session: self._put(session, resident, source, limit), limit)
         return resident
 
-    def get(self, resident: Resident) -> Array:
+    def get(self, resident: Resident, deadline: Deadline | None = None) -> Array:
         """Return the elements of a resident as a new array.
 
         Raises:
             LostTensorError: The server no longer has it, and its source has changed or never was on this side.
         """
-        deadline = Deadline(self._timeout_s)
-        return self.run_in_session(lambda session: self._get(session, resident, deadline), deadline)
+        limit = deadline or Deadline(self._timeout_s)
+        return self.run_in_session(lambda session: self._get(session, resident, limit), limit)
 
     @property
     def has_session(self) -> bool:
@@ -128,10 +127,12 @@ class ResidentExecutor:
     def _put(
         self, session: bytes, resident: Resident, source: SourceArray, deadline: Deadline
     ) -> ResidentHandle:
+        start_s = time.perf_counter()
         with source.hash_in_background():
-            name, self._ledger.text = self.retry_after_flush(
+            name, ledger = self.retry_after_flush(
                 lambda: self._transfers.put(session, source.array, deadline), deadline
             )
+        self._ledgers.record("PutTensor", ledger, start_s)
         handle = self._session.make_handle(session, name, resident.spec.nbytes)
         resident.adopt(handle)
         return handle
@@ -139,12 +140,14 @@ class ResidentExecutor:
     def _get(self, session: bytes, resident: Resident, deadline: Deadline) -> Array:
         handle = resident.handle_for(session)
         if handle is not None:
+            start_s = time.perf_counter()
             try:
-                array, self._ledger.text = self._transfers.get(
+                array, ledger = self._transfers.get(
                     session, handle.resident, resident.spec, deadline
                 )
             except LostTensorError:
                 resident.lose(handle)
             else:
+                self._ledgers.record("GetTensor", ledger, start_s)
                 return array
         return np.array(resident.require_source("the tensor").array, resident.spec.dtype)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy.typing as npt
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import Array, DType
-from deconvd_client.residents.executor import ResidentExecutor
 from deconvd_client.residents.resident import Resident
 
-__all__ = ["RemoteGradients", "RemoteTensor"]
+__all__ = ["RemoteGradients", "RemoteTensor", "ResidentStore"]
+
+
+class ResidentStore(Protocol):
+    """The residents of one connection, on one server or on several. See `ResidentExecutor`."""
+
+    def put(self, array: Array) -> Resident:
+        """Send an array, and return the resident."""
+
+    def get(self, resident: Resident) -> Array:
+        """Return the elements of a resident as a new array."""
 
 
 class RemoteTensor:
@@ -29,8 +38,8 @@ class RemoteTensor:
     A RemoteTensor can be used by several threads. It cannot be pickled or copied.
     """
 
-    def __init__(self, executor: ResidentExecutor, resident: Resident) -> None:
-        self._executor = executor
+    def __init__(self, store: ResidentStore, resident: Resident) -> None:
+        self._store = store
         self._resident = resident
 
     @property
@@ -57,7 +66,7 @@ class RemoteTensor:
             DeconvdError: The call failed, in one of the ways that `Connection` lists.
         """
         self._resident.check_open("the tensor")
-        return self._executor.get(self._resident)
+        return self._store.get(self._resident)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         # numpy's functions call this, numpy.asarray among them
@@ -72,21 +81,21 @@ class RemoteTensor:
         """Let the server drop the tensor. Closing it twice is harmless. The server is not waited for."""
         self._resident.close()
 
-    def belongs_to(self, executor: ResidentExecutor) -> bool:
-        """Return whether this tensor is kept for the connection of `executor`."""
-        return executor is self._executor
+    def belongs_to(self, store: ResidentStore) -> bool:
+        """Return whether this tensor is kept for the connection of `store`."""
+        return store is self._store
 
-    def resident_for(self, executor: ResidentExecutor, argument: str) -> Resident:
-        """Return the resident, for a call of the connection of `executor`.
+    def resident_for(self, store: ResidentStore, argument: str) -> Resident:
+        """Return the resident, for a call of the connection of `store`.
 
         Args:
-            executor: The residents of that connection.
+            store: The residents of that connection.
             argument: Name of the argument that this tensor was given for.
 
         Raises:
             InvalidArgumentError: The RemoteTensor is closed, or belongs to another connection.
         """
-        if not self.belongs_to(executor):
+        if not self.belongs_to(store):
             raise InvalidArgumentError(
                 f"{argument} belongs to another connection. Call put({argument}) on this connection and pass its "
                 "result.",

@@ -7,6 +7,7 @@ from typing import TypeVar
 from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
 from deconvd.host.forks import leave_to_parent, new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.calls.cancel_scope import fail_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError
 from deconvd_client.residents.session_thread import (
@@ -80,7 +81,7 @@ class ClientSession:
         if session is not None:
             return session
         promise: Promise[SessionInfo] = Promise()
-        self._submit(OpenSession(promise, deadline, fail_fast))
+        self._submit(OpenSession(promise, deadline.shield(), fail_fast))
         return _wait_for(deadline, promise, "open a session")
 
     @property
@@ -150,9 +151,11 @@ def _wait_for(deadline: Deadline, promise: Promise[_T], action: str) -> _T:
 
     Raises:
         DeadlineError: It gave none before the deadline.
+        CallCancelledError: The call was cancelled.
     """
     try:
-        return promise.wait(deadline.remaining_s())
+        with fail_on_cancel(deadline.scope, promise.fail):
+            return promise.wait(deadline.remaining_s())
     except PromiseTimeoutError:
         raise DeadlineError(
             f"the server did not {action} within {deadline.timeout_s:g} s: "

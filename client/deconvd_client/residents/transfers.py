@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from deconvd.direct.events import MethodCode
@@ -13,6 +14,9 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_parts
 from deconvd.wire.tensor import message_from_spec
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.request_id import current_request_id
+from deconvd_client.calls.responses import malformed_response
+from deconvd_client.calls.tracing import CallSpan, current_call_span, record_if_traced
 from deconvd_client.calls.transport import OutcomeUnknownError, StreamAttempt
 from deconvd_client.shared_memory import Borrower, SharedCall
 from deconvd_client.transports.route import Route
@@ -39,33 +43,57 @@ class Transfers:
 
     def put(self, session: bytes, array: Array, deadline: Deadline) -> tuple[pb.Resident, str]:
         """Send a tensor that the server keeps for a session. Return its name and the ledger."""
-        return self._route.call(lambda stub: self._put(stub, session, array, deadline), deadline)
+        spec = spec_of(array)
+        with _record("PutTensor", spec, sent_bytes=spec.nbytes) as span:
+            header = pb.PutTensorHeader(session=session, telemetry=_telemetry(span))
+            resident, ledger = self._route.call(
+                lambda stub: self._put(stub, header, array, deadline), deadline
+            )
+            if span is not None:
+                span.finish(ledger)
+            return resident, ledger
 
     def get(
         self, session: bytes, resident: pb.Resident, spec: TensorSpec, deadline: Deadline
     ) -> tuple[Array, str]:
         """Return the elements of a resident, and the ledger."""
-        request = pb.GetTensorRequest(session=session, resident=resident)
-        return self._route.call(lambda stub: self._get(stub, request, spec, deadline), deadline)
+        with _record("GetTensor", spec, received_bytes=spec.nbytes) as span:
+            request = pb.GetTensorRequest(
+                session=session, resident=resident, telemetry=_telemetry(span)
+            )
+            array, ledger = self._route.call(
+                lambda stub: self._get(stub, request, spec, deadline), deadline
+            )
+            if span is not None:
+                span.finish(ledger)
+            return array, ledger
 
     def _put(
-        self, stub: Stub, session: bytes, array: Array, deadline: Deadline
+        self, stub: Stub, header: pb.PutTensorHeader, array: Array, deadline: Deadline
     ) -> tuple[pb.Resident, str]:
+        if (span := current_call_span.get()) is not None:
+            span.begin_attempt(stub.target)
         try:
             with SharedCall(self._borrower, deadline) as call:
                 shared = call.operand_message(array)
                 if shared is not None:
                     call.copy_operands()
-                    return self._call_put(stub, session, shared, None, deadline)
+                    if span is not None:
+                        span.shares_memory = True
+                    return self._call_put(stub, header, shared, None, deadline)
         except StaleRegionError:
             pass  # the server no longer lends that memory: send the tensor in chunks instead
         if self._borrower.is_large(array):
             self._borrower.check_fallback()
-        return self._call_put(stub, session, message_from_spec(spec_of(array)), array, deadline)
+        if span is not None:
+            span.shares_memory = False
+        return self._call_put(stub, header, message_from_spec(spec_of(array)), array, deadline)
 
     def _get(
         self, stub: Stub, request: pb.GetTensorRequest, spec: TensorSpec, deadline: Deadline
     ) -> tuple[Array, str]:
+        if (span := current_call_span.get()) is not None:
+            span.begin_attempt(stub.target)
         try:
             with SharedCall(self._borrower, deadline) as call:
                 result = call.allocate_result(spec) if self._borrower.is_large(spec) else None
@@ -74,6 +102,8 @@ class Transfers:
                     placed.CopyFrom(request)
                     result.shared_slice.write_to(placed.place)
                     _, ledger = self._call_get(stub, placed, None, deadline)
+                    if span is not None:
+                        span.shares_memory = True
                     return result.array, ledger
         except StaleRegionError:
             pass  # the server no longer lends that memory: fetch the tensor in chunks instead
@@ -89,18 +119,23 @@ class Transfers:
     def _call_put(
         self,
         stub: Stub,
-        session: bytes,
+        header: pb.PutTensorHeader,
         tensor: pb.Tensor,
         array: Array | None,
         deadline: Deadline,
     ) -> tuple[pb.Resident, str]:
-        """Call PutTensor. The elements of `array` follow the header, unless it is None."""
-        header = pb.PutTensorHeader(session=session, tensor=tensor)
+        """Call PutTensor. The elements of `array` follow the header, unless it is None.
+
+        Args:
+            header: The header without its tensor.
+        """
+        complete = pb.PutTensorHeader(tensor=tensor)
+        complete.MergeFrom(header)
 
         def begin() -> StreamAttempt[pb.PutTensorResponse]:
-            parts = _parts(header, array)
+            parts = _parts(complete, array)
             return StreamAttempt(
-                MethodCode.PutTensor, parts, _read_single_message, pb.PutTensorResponse
+                MethodCode.PutTensor, parts, _read_put_response, pb.PutTensorResponse
             )
 
         response, ledger = stub.stream(begin, deadline)
@@ -126,14 +161,31 @@ class Transfers:
         return stub.stream(begin, deadline, is_placed=spec is None)
 
 
+def _record(
+    method: str, spec: TensorSpec, **sizes_bytes: int
+) -> AbstractContextManager[CallSpan | None]:
+    attributes: dict[str, Any] = {f"deconvd.{name}": size for name, size in sizes_bytes.items()}
+    tensor = {"deconvd.tensor.shape": spec.shape, "deconvd.tensor.dtype": spec.dtype.name}
+    return record_if_traced(method, attributes | tensor)
+
+
+def _telemetry(span: CallSpan | None) -> pb.Telemetry | None:
+    """Return what a request says about its call for logs and traces; None if nothing."""
+    telemetry = pb.Telemetry(request_id=current_request_id.get())
+    if span is not None:
+        span.write_context(telemetry)
+    return telemetry if telemetry.ByteSize() else None
+
+
 def _parts(header: pb.PutTensorHeader, array: Array | None) -> Iterator[Part]:
     yield pb.PutTensorRequest(header=header)
     if array is not None:
         yield from elements_parts(array)
 
 
-def _read_single_message(source: PartSource) -> Any:
+def _read_put_response(source: PartSource) -> pb.PutTensorResponse:
     """Return the only message of a response."""
     message = source.next()
-    source.next()  # reads the end of the stream
+    if not isinstance(message, pb.PutTensorResponse) or source.next() is not None:
+        raise malformed_response(pb.PutTensorResponse, "it must be one message")
     return message

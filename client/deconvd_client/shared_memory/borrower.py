@@ -185,13 +185,13 @@ class Borrower:
 
     def has_lender(self, deadline: Deadline) -> bool:
         """Return whether the server lends memory, as far as is known by the deadline; True if there is no other way."""
-        if self._is_only_way or self._is_lending:
+        if self._is_only_way or self.is_lending:
             return True
         with self._lock:
             request = self._loan_client.request(0)
         if request is not None:
             self._wait(request, deadline, self._patience)
-        return self._is_lending
+        return self.is_lending
 
     @property
     def borrowed_bytes(self) -> int:
@@ -212,7 +212,7 @@ class Borrower:
             for region in self._pool.regions:
                 if region.is_empty:
                     region.close()
-            request = self._loan_client.request(0) if self._is_lending else None
+            request = self._loan_client.request(0) if self.is_lending else None
         if request is not None:
             request.wait(deadline)
 
@@ -226,7 +226,8 @@ class Borrower:
         self._loan_client.reset_after_fork()
 
     @property
-    def _is_lending(self) -> bool:
+    def is_lending(self) -> bool:
+        """Whether the server is known to lend memory. It is not asked."""
         return self._loan_client.state is LenderState.LENDING
 
     def _wait(self, request: LoanRequest, deadline: Deadline, patience: Patience) -> None:
@@ -234,10 +235,10 @@ class Borrower:
         if self._is_only_way:
             request.wait(deadline)
             return
-        if not self._is_lending:
+        if not self.is_lending:
             limit_s = _PATIENCE_S if request.is_first else _BRIEF_PATIENCE_S
             limit_s = min(limit_s, patience.remaining_s())
-            if request.wait(deadline.with_limit(limit_s)) or not self._is_lending:
+            if request.wait(deadline.with_limit(limit_s)) or not self.is_lending:
                 return
         request.wait(deadline.with_limit(_PATIENCE_S))
 

@@ -19,6 +19,7 @@ from deconvd.errors import (
     ExhaustedError,
     UnavailableError,
 )
+from deconvd_client.calls.cancel_scope import abort_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.shared_memory.link import (
@@ -89,11 +90,17 @@ class LoanRequest:
         self._end_signal: SimpleQueue[None] = SimpleQueue()
 
     def wait(self, deadline: Deadline) -> bool:
-        """Wait until the request is served or has failed; return False if the deadline comes first."""
+        """Wait until the request is served or has failed; return False if the deadline comes first.
+
+        Raises:
+            CallCancelledError: The caller's call was cancelled. The request goes on.
+        """
         try:
-            self._end_signal.get(timeout=deadline.remaining_s())
+            with abort_on_cancel(deadline.scope, self.finish):
+                self._end_signal.get(timeout=deadline.remaining_s())
         except Empty:
             return False
+        deadline.check_cancelled()
         return True
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from deconvd.wire.tensor import elements_of, message_from_spec
 from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy, SharedOperand
+from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import OutcomeUnknownError
 from deconvd_client.shared_memory.borrower import Borrower, has_call_ended
 from deconvd_client.shared_memory.region import BorrowedBlock
@@ -171,6 +172,8 @@ def call_with_shared_memory(
         result = None
     if result is None:
         borrower.check_fallback()
+    elif (span := current_call_span.get()) is not None:
+        span.shares_memory = True
     return result
 
 

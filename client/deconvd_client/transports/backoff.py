@@ -32,6 +32,11 @@ class Backoff:
         """Whether there is a pause now."""
         return time.monotonic() < self._until_s
 
+    @property
+    def remaining_s(self) -> float:
+        """How many seconds of the pause are left; 0 if there is none."""
+        return max(self._until_s - time.monotonic(), 0.0)
+
     def note_failure(self) -> None:
         """Start a pause."""
         self._until_s = time.monotonic() + self._pause_s

@@ -16,6 +16,7 @@ from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.wire.messages import messages_for
 from deconvd.wire.tensor import is_raw
 from deconvd_client.calls.call_spec import CallResult, CallSpec
+from deconvd_client.calls.responses import parse_response
 from deconvd_client.calls.transport import NotServedDirectlyError, StripedAttempt
 from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.direct.striping_policy import STREAM
@@ -92,10 +93,16 @@ def _make_striped_call(
     """Make a striped call, and return its result. None if the call must be made in another way."""
     arrays: dict[str, Array] = {}
 
+    transfer = call_spec.transfer
+
     def begin() -> StripedAttempt:
+        if transfer is not None:
+            transfer.begin_attempt()
         for field in call_spec.operation.all_results:
             if field in call_spec.results:
-                arrays[field] = empty(call_spec.results[field])
+                arrays[field] = (
+                    empty(call_spec.results[field]) if transfer is None else transfer.array(field)
+                )
         operands = [
             _in_raw_layout(call_spec.operands[field], empty)
             for field in call_spec.operation.write_order
@@ -106,13 +113,14 @@ def _make_striped_call(
             call_spec.request.SerializeToString(),
             operands,
             list(arrays.values()),
+            transfer,
         )
 
     try:
         answer = striped.call(begin, call_spec.deadline, stripes_count, is_preferred=is_preferred)
     except NotServedDirectlyError:
         return None
-    response: Any = messages_for(call_spec.operation).response.FromString(answer.message)
+    response: Any = parse_response(messages_for(call_spec.operation).response, answer.message)
     return CallResult(response, arrays, answer.ledger)
 
 

@@ -9,8 +9,10 @@ from typing import Final, TypeVar
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
 from deconvd_client.calls.deadline import Deadline
+from deconvd_client.calls.tracing import current_call_span
+from deconvd_client.calls.transport import TlsFailureError
 
-__all__ = ["PinnedTransportError", "RetryPolicy"]
+__all__ = ["NoRetries", "PinnedTransportError", "RetryPolicy"]
 
 _T = TypeVar("_T")
 
@@ -22,6 +24,12 @@ _MAX_BACKOFF_S: Final = 1.0
 
 _BACKOFF_FACTOR: Final = 2
 
+_TOLD_SPREAD_S: Final = 0.05
+"""Over which time at least calls come back that the server has told to come back at the same moment."""
+
+_MOST_TOLD_SPREAD_S: Final = 1.0
+"""Over which time at most they do, beyond that."""
+
 _FIRST_CONTACT_TIMEOUT_S: Final = 5.0
 """How long calls wait for a server that has never answered: more likely there is none than that it is starting."""
 
@@ -29,20 +37,25 @@ _MIN_RETRY_S: Final = 0.02
 """If less time is left than this, a call is not tried again."""
 
 _CLOSE_CHECK_INTERVAL_S: Final = 0.1
-"""How often a call checks during a pause whether its connection was closed."""
+"""How often a call checks during a pause whether it was cancelled, or its connection closed."""
 
 
 class PinnedTransportError(UnavailableError):
     """The only transport that the caller allows is not available. A retry would not help."""
 
 
+_PERMANENT_ERRORS: Final = (PinnedTransportError, TlsFailureError)
+"""Errors of a server that cannot be reached, which a retry would meet again."""
+
+
 class RetryPolicy:
     """Retries the calls of a connection until their deadlines. Thread-safe.
 
     A server that was reached before may be restarting, so calls are retried until the deadline. If the server says
-    when to come back (`UnavailableError.retry_after_s`), no retry is made before that. If it has never answered, calls
-    fail after 5 seconds. A server that stops ends calls that it has received, but not begun, with CANCELLED: these are
-    retried, too.
+    when to come back (`UnavailableError.retry_after_s`), no retry is made before that, and no further call of the
+    connection begins: calls that were just served would else take the places of those that were refused. If it has
+    never answered, calls fail after 5 seconds. A server that stops ends calls that it has received, but not begun, with
+    CANCELLED: these are retried, too.
 
     Args:
         fail_fast: Whether a call fails at once if the server cannot be reached.
@@ -52,9 +65,15 @@ class RetryPolicy:
         self._fail_fast = fail_fast
         self._was_reached = False
         self._is_closed = False
+        self._full_until_s = 0.0  # when the server expects calls again; 0 if it has not said
 
-    def run(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
+    def run(
+        self, attempt: Callable[[], _T], deadline: Deadline, *, waits_while_full: bool = True
+    ) -> _T:
         """Return what `attempt` returns; try again if that may help.
+
+        Args:
+            waits_while_full: Whether to wait at first if the server has told another call to come back later.
 
         Raises:
             DeadlineError: The deadline passed in the first attempt. The message names the option to change.
@@ -63,6 +82,8 @@ class RetryPolicy:
         contact_s = time.monotonic() + _FIRST_CONTACT_TIMEOUT_S
         backoff_s = _FIRST_BACKOFF_S
         unavailable: DeconvdError | None = None
+        if self._full_until_s and waits_while_full:
+            self._wait_while_full(deadline)
         while True:
             try:
                 returned = attempt()
@@ -84,10 +105,12 @@ class RetryPolicy:
                 unavailable = error.with_traceback(
                     None
                 )  # without the frames, which refer to the caller's arrays
+                if (span := current_call_span.get()) is not None:
+                    span.note_retry(unavailable)
             except DeconvdError:  # the answer of a server
                 self._was_reached = True
                 raise
-            self._sleep(pause_s)
+            self._sleep(pause_s, deadline)
             backoff_s = min(backoff_s * _BACKOFF_FACTOR, _MAX_BACKOFF_S)
 
     def run_once(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
@@ -109,14 +132,16 @@ class RetryPolicy:
         Args:
             contact_s: When calls stop waiting for a server that has never answered, on the monotonic clock.
         """
-        if self._is_closed or isinstance(error, PinnedTransportError):
+        if self._is_closed or deadline.is_cancelled or isinstance(error, _PERMANENT_ERRORS):
             return None
-        # random, so that many callers do not come back at the same time
-        pause_s = random.uniform(backoff_s / 2, backoff_s)  # noqa: S311 - no secret
         if isinstance(error, UnavailableError) and error.was_reached:
             self._was_reached = True
-            pause_s += error.retry_after_s or 0
+            told_s = error.retry_after_s or 0
+            self._full_until_s = time.monotonic() + told_s
+            pause_s = _told_pause_s(told_s)
             return pause_s if pause_s < deadline.remaining_s() else None
+        # random, so that many callers do not come back at the same time
+        pause_s = random.uniform(backoff_s / 2, backoff_s)  # noqa: S311 - no secret
         if self._fail_fast and isinstance(error, UnavailableError):
             return None
         # the last pause is cut short, so that time is left for one more attempt
@@ -125,10 +150,44 @@ class RetryPolicy:
             left_s = min(left_s, contact_s - time.monotonic())
         return min(pause_s, left_s / 2) if left_s >= _MIN_RETRY_S else None
 
-    def _sleep(self, pause_s: float) -> None:
+    def _wait_while_full(self, deadline: Deadline) -> None:
+        """Wait as long as a refused call would; not at all if the server expects calls, or the deadline is before."""
+        left_s = self._full_until_s - time.monotonic()
+        if left_s <= 0:
+            self._full_until_s = 0.0
+        elif (pause_s := _told_pause_s(left_s)) < deadline.remaining_s():
+            self._sleep(pause_s, deadline)
+
+    def _sleep(self, pause_s: float, deadline: Deadline) -> None:
         until_s = time.monotonic() + pause_s
-        while not self._is_closed and (left_s := until_s - time.monotonic()) > 0:
+        while (left_s := until_s - time.monotonic()) > 0:
+            if self._is_closed or deadline.is_cancelled:
+                return
             time.sleep(min(left_s, _CLOSE_CHECK_INTERVAL_S))
+
+
+class NoRetries(RetryPolicy):
+    """Makes each attempt once. For a server beside others, where its caller tries again."""
+
+    def run(
+        self, attempt: Callable[[], _T], deadline: Deadline, *, waits_while_full: bool = True
+    ) -> _T:
+        """Return what `attempt` returns. The policy of its caller knows the deadline."""
+        return attempt()
+
+    def run_once(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
+        """Return what `attempt` returns."""
+        return attempt()
+
+
+def _told_pause_s(told_s: float) -> float:
+    """Return how long to wait if the server expects calls again in `told_s` seconds.
+
+    Random, so that many callers who are told the same do not come back at the same time. It does not grow: a server
+    that goes on to be full says longer times itself.
+    """
+    spread_s = random.uniform(_TOLD_SPREAD_S / 2, _TOLD_SPREAD_S)  # noqa: S311 - no secret
+    return told_s + spread_s + random.uniform(0, min(told_s / 2, _MOST_TOLD_SPREAD_S))  # noqa: S311
 
 
 def _with_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:

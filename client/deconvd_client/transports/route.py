@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from enum import Enum, StrEnum
 from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
@@ -19,6 +18,7 @@ from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
+from deconvd_client.transports.side_sockets import Owners, any_owner, is_trusted_socket
 from deconvd_client.transports.stub import Stub
 
 __all__ = ["Route", "TransportName"]
@@ -101,6 +101,7 @@ class Route:
         transport: Says whether to look for a Unix socket, and whether calls must use one.
         retries: Says which calls are retried.
         patience: Bounds how long calls wait for the first search.
+        owners: Whose Unix sockets are used in place of the target.
 
     Raises:
         InvalidArgumentError: The target cannot be reached by `transport`.
@@ -113,7 +114,9 @@ class Route:
         transport: TransportName,
         retries: RetryPolicy,
         patience: Patience,
+        owners: Owners = any_owner,
     ) -> None:
+        self._owners = owners
         self._target_stub = open_stub(target)
         is_unix = target.startswith("unix:")
         if is_unix and transport is TransportName.TCP:
@@ -164,7 +167,9 @@ class Route:
     def server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
         """Return the GetServerInfo response for a session, asked at the target as it was given."""
         return self._retries.run(
-            partial(self._target_stub.get_server_info, deadline, session), deadline
+            partial(self._target_stub.get_server_info, deadline, session),
+            deadline,
+            waits_while_full=False,
         )
 
     def health(self, deadline: Deadline) -> str:
@@ -194,6 +199,8 @@ class Route:
             stub.close(deadline)
 
     def _try(self, work: Callable[[Stub], _T], deadline: Deadline) -> _T:
+        if deadline.scope is not None:  # small calls notice each function
+            deadline.check_cancelled()
         if self._state is _RouteState.UNKNOWN:
             if self._is_pinned:
                 self._seek(deadline)
@@ -258,7 +265,7 @@ class Route:
             _NoAnswerError: The server has a socket on this host that does not answer.
         """
         info = self._target_stub.get_server_info(deadline)
-        here = [path for path in info.unix_sockets if Path(path).is_socket()]
+        here = [path for path in info.unix_sockets if is_trusted_socket(path, self._owners)]
         silent = ""
         for path in here:
             try:
@@ -273,7 +280,7 @@ class Route:
                     return stub, ""
         if silent:
             raise _NoAnswerError(silent)
-        return None, _absence_reason(info, here)
+        return None, _absence_reason(info, here, self._owners)
 
     def _verify(self, target: str, instance_id: str, deadline: Deadline) -> Stub | None:
         """Return a stub of a target; None if another server answers there. Raises a DeconvdError if none answers."""
@@ -363,10 +370,17 @@ class _NoAnswerError(Exception):
     """The server has a Unix socket on this host that does not answer: it is starting, stopping or busy."""
 
 
-def _absence_reason(info: pb.GetServerInfoResponse, here: list[str]) -> str:
-    """Return why no Unix socket of a server can be used. `here` has those of its paths that exist on this host."""
+def _absence_reason(info: pb.GetServerInfoResponse, here: list[str], owners: Owners) -> str:
+    """Return why no Unix socket of a server can be used. `here` has those of its paths that may be."""
     if not info.unix_sockets:
         return "the server listens at no Unix socket"
+    foreign = [path for path in info.unix_sockets if path not in here and is_trusted_socket(path)]
+    if not here and foreign:
+        users = " or ".join(map(str, sorted(owners() or ())))
+        return (
+            f"{', '.join(foreign)} must belong to user {users}, as this client shows credentials there, and does not. "
+            "If the socket is the server's, give it as the target."
+        )
     if not here:
         return (
             f"none of the server's Unix sockets ({', '.join(info.unix_sockets)}) exists on this host. "

@@ -6,14 +6,19 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
 from deconvd.errors import DeadlineError, InternalError
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.calls.responses import malformed_response, parse_response
+from deconvd_client.credentials import CallMetadata
 
 __all__ = ["SessionStream"]
+
+_MIN_LEASE_S: Final = 0.01
+"""The shortest lease of a session. Several heartbeats are sent in each."""
 
 
 class SessionStream:
@@ -43,6 +48,7 @@ class SessionStream:
         rpc: grpc.StreamStreamMultiCallable[bytes, bytes],
         opening: pb.HoldSessionRequest,
         timeout_s: float,
+        metadata: CallMetadata | None = None,
     ) -> SessionStream:
         """Begin a call, and return once the server has answered the first message.
 
@@ -53,7 +59,7 @@ class SessionStream:
         """
         requests: SimpleQueue[bytes | None] = SimpleQueue()
         requests.put(opening.SerializeToString())
-        call = rpc(iter(requests.get, None))
+        call = rpc(iter(requests.get, None), metadata=metadata)
         try:
             return cls(call, requests, _receive_first(call, timeout_s))
         except BaseException:
@@ -95,4 +101,7 @@ def _receive_first(call: Any, timeout_s: float) -> pb.HoldSessionResponse:
         timer.cancel()
     if answer is None:
         raise InternalError("the server closed the session's stream without an answer")
-    return pb.HoldSessionResponse.FromString(answer)
+    response = parse_response(pb.HoldSessionResponse, answer)
+    if not response.lease_s >= _MIN_LEASE_S:  # of no use, and each heartbeat would be due at once
+        raise malformed_response(pb.HoldSessionResponse, f"its lease is {response.lease_s} s")
+    return response

@@ -21,6 +21,7 @@ from deconvd.wire.stream_parts import (
     packed_parts,
 )
 from deconvd_client.calls.call_spec import CallSpec, Response
+from deconvd_client.calls.transfer import CountedSource
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.transports.link_rate import LinkRate, MeteredSource
 
@@ -50,6 +51,8 @@ def begin_stream_attempt(
         link_rate: Says how large slices are, and learns from the response.
         packs: Whether elements with many zeros travel packed, in both directions.
     """
+    if call_spec.transfer is not None:
+        call_spec.transfer.begin_attempt()
     stream_call = _StreamCall(call_spec, empty, link_rate, packs=packs)
     method = MethodCode[call_spec.operation.stream_name]
     response_type = messages_for(call_spec.operation).stream_response
@@ -118,7 +121,8 @@ class _StreamCall:
             takes_packed=self._packs,
         )
         opening: Any = self._messages.stream_request(header=header)
-        return chain((opening,), self._elements())
+        elements, transfer = self._elements(), self._call_spec.transfer
+        return chain((opening,), elements if transfer is None else transfer.count_parts(elements))
 
     def receive(self, source: PartSource) -> _StreamResult:
         """Read the response.
@@ -126,13 +130,16 @@ class _StreamCall:
         Raises:
             InvalidArgumentError: Its messages are not those of such a response.
         """
+        transfer = self._call_spec.transfer
         metered = self._measure(source)
-        reader: PartReader[Any] = PartReader(metered, self._messages.stream_response, self._empty)
+        counted = metered if transfer is None else CountedSource(metered, transfer)
+        reader: PartReader[Any] = PartReader(counted, self._messages.stream_response, self._empty)
         response = reader.read_header().header
-        arrays = {
-            field: reader.read(ARGUMENTS[field], spec)
-            for field, spec in self._call_spec.results.items()
-        }
+        arrays: dict[str, Array] = {}
+        for field, spec in self._call_spec.results.items():
+            if transfer is not None:
+                reader.empty = transfer.empty(field)
+            arrays[field] = reader.read(ARGUMENTS[field], spec)
         reader.expect_end()
         return response, arrays
 

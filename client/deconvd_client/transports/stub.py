@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
-from deconvd.errors import DeconvdError
+from deconvd.errors import DeconvdError, InvalidArgumentError, UnimplementedError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Envelope, decode, encode
 from deconvd.wire.messages import messages_for
 from deconvd.wire.packed_elements import PACKED_ELEMENTS
-from deconvd.wire.tensor import array_from_message
+from deconvd.wire.tensor import array_of_expected_spec
 from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.responses import malformed_response, parse_response
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import DirectTransport
@@ -35,6 +39,9 @@ _T = TypeVar("_T")
 
 _SERVER_INFO_TIMEOUT_S: Final = 5.0
 """How long a server may take to say where it accepts direct connections: until then calls go by gRPC."""
+
+_FEATURES_AGE_S: Final = 1.0
+"""How old the names of a server's features may be. No server is replaced by another one in less time."""
 
 
 class Stub:
@@ -61,6 +68,8 @@ class Stub:
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self._takes_packed: bool | None = None  # None until the server has said it
+        self._features: frozenset[str] = frozenset()
+        self._features_end_s = -math.inf  # when they are too old
         self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
@@ -98,15 +107,21 @@ class Stub:
         data, ledger = transport.unary(
             operation.name, encode(request), call_spec.deadline, overlapped_copy
         )
-        response: Envelope[Any] = decode(messages_for(operation).response, data)
+        response_type = messages_for(operation).response
         arrays: dict[str, Array] = {}
-        for field in call_spec.results:
-            message: pb.Tensor = getattr(response.message, field)
-            if field in placed and message.WhichOneof("payload") == "shared":
-                arrays[field] = placed[field]
-            else:  # a copy, which the caller may change
-                elements = response.raw.get(field)
-                arrays[field] = np.array(array_from_message(ARGUMENTS[field], message, elements))
+        try:
+            response: Envelope[Any] = decode(response_type, data)
+            for field, spec in call_spec.results.items():
+                message: pb.Tensor = getattr(response.message, field)
+                if field in placed and message.WhichOneof("payload") == "shared":
+                    arrays[field] = placed[field]
+                else:  # a copy, which the caller may change
+                    elements = response.raw.get(field)
+                    arrays[field] = np.array(
+                        array_of_expected_spec(ARGUMENTS[field], spec, message, elements)
+                    )
+        except (DecodeError, InvalidArgumentError) as error:
+            raise malformed_response(response_type, error) from None
         return CallResult(response.message, arrays, ledger)
 
     def stream(
@@ -149,6 +164,24 @@ class Stub:
         """Have the server asked again what it takes: another one may have come in its place."""
         self._takes_packed = None
 
+    def require_feature(self, name: str, remedy: str, deadline: Deadline) -> None:
+        """Raise an error if the server lacks a feature.
+
+        Args:
+            remedy: What the caller can do, for the error.
+
+        Raises:
+            UnimplementedError: The server lacks it.
+        """
+        if not self.has_feature(name, deadline):
+            raise UnimplementedError(f"the server at {self.target} has no {name}: {remedy}")
+
+    def has_feature(self, name: str, deadline: Deadline) -> bool:
+        """Return whether the server has a feature. It is asked for its features, unless it has just named them."""
+        if time.monotonic() > self._features_end_s:
+            self.get_server_info(deadline)
+        return name in self._features
+
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
         self._grpc.unary("DropTensors", request.SerializeToString(), deadline)
@@ -161,8 +194,10 @@ class Stub:
         """Call GetServerInfo."""
         request = pb.GetServerInfoRequest(session=session).SerializeToString()
         response, _ = self._grpc.unary("GetServerInfo", request, deadline)
-        info = pb.GetServerInfoResponse.FromString(response)
+        info = parse_response(pb.GetServerInfoResponse, response)
         self._takes_packed = PACKED_ELEMENTS in info.features
+        self._features = frozenset(info.features)
+        self._features_end_s = time.monotonic() + _FEATURES_AGE_S
         return info
 
     def health(self, deadline: Deadline) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 from deconvd.wire.codec import Buffer
 
-__all__ = ["ByteStream", "SocketStream", "timeval"]
+__all__ = ["ByteStream", "SocketStream", "receive_flags", "timeval"]
 
 _MAX_JOINED_BYTES: Final = 16 << 10
 """Up to this size, joining buffers into one costs less than passing several buffers to the kernel."""
@@ -45,11 +45,14 @@ _NO_WAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
 
 _WAIT_FOR_ALL: Final[int] = socket.MSG_WAITALL if _NO_WAIT else 0
 
+_NO_LINGER: Final = struct.pack("@ii", 1, 0)
+"""Value of SO_LINGER: a socket that is closed discards what it has not sent."""
+
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
 class ByteStream(Protocol):
-    """One end of a connection. One thread may read while another writes, and any thread may call `shutdown`.
+    """One end of a connection. One thread may read while another writes, and any thread may call `shutdown` or `abort`.
 
     Methods that wait raise ConnectionTimeoutError at the deadline, and ConnectionClosedError once the connection has
     ended.
@@ -75,6 +78,9 @@ class ByteStream(Protocol):
 
     def shutdown(self) -> None:
         """End the connection for both ends. Threads that read or write stop at once."""
+
+    def abort(self) -> None:
+        """Do as `shutdown`, and let `close` discard unsent data, so that also a peer that does not read hears of it."""
 
     def half_close_and_drain(self, timeout_s: float) -> None:
         """Stop sending, then read and discard data until the peer closes the connection or the time is up."""
@@ -172,6 +178,12 @@ class SocketStream:
         with suppress(OSError):  # the connection has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def abort(self) -> None:
+        """See `ByteStream`. Over TCP, `close` then sends a reset instead of an end behind all that is buffered."""
+        with suppress(OSError):  # the connection has ended already
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.shutdown()
+
     def half_close_and_drain(self, timeout_s: float) -> None:
         """See `ByteStream`.
 
@@ -236,6 +248,11 @@ class SocketStream:
                 has_become_ready = is_ready(min(remaining_s, _MAX_WAIT_S))
         finally:
             self.blocked_since_s = math.inf
+
+
+def receive_flags(*, may_wait: bool, for_all: bool = False) -> int:
+    """Return the flags of a system call: whether it may wait, and for all bytes that it is asked for."""
+    return (_WAIT_FOR_ALL if for_all else 0) if may_wait else _NO_WAIT
 
 
 def timeval(seconds: float) -> bytes:

@@ -9,7 +9,8 @@ All numbers are little-endian. `deconvd.direct.protocol` says which frame may be
 
 The payload of each kind, with the messages of the service as in deconvd.proto:
 
-    client   HELLO              once: "dcd6", then the instance id of the wanted server (16 bytes; zeros for any server)
+    client   HELLO              once: "dcd7", then the instance id of the wanted server (16 bytes; zeros for any
+                                server), then the client's token, if it has one (ASCII)
              CALL               method (1 byte), whether the call is overlapped (1 byte: 0 or 1), 6 zero bytes,
                                 timeout in microseconds (8 bytes), bytes written so far if it is overlapped (8 bytes),
                                 the request message; for a method that streams its request, its first message
@@ -20,11 +21,12 @@ The payload of each kind, with the messages of the service as in deconvd.proto:
              STRIPED_CALL       method (1 byte), how many stripes the call has (1 byte), 6 zero bytes, timeout in
                                 microseconds (8 bytes), the transfer's id (16 bytes), the request message
              STRIPE             the id of the transfer that this connection is a stripe of (16 bytes)
-             PIECE              the number of the piece whose elements follow in one ELEMENTS frame (8 bytes)
+             PIECE              the number of the first piece whose elements follow in one ELEMENTS frame (8 bytes)
 
-    server   HELLO              once: "dcd6", then the server's own instance id (16 bytes)
-             ANSWER             success of a method without streams: size of the ledger (2 bytes), 6 zero bytes, the
-                                ledger (ASCII; see `deconvd.wire.ledger`), the response message
+    server   HELLO              once: "dcd7", then the server's own instance id (16 bytes)
+             ANSWER             success of a method without streams: size of the ledger (2 bytes), how many stripes a
+                                call should have at most for now (1 byte; 0 if the server does not say), 5 zero bytes,
+                                the ledger (ASCII; see `deconvd.wire.ledger`), the response message
              MESSAGE            the response message of a method with streams, or one of its messages
              ELEMENTS           the next elements of a streamed response; not empty
              PACKED_ELEMENTS    in a streamed response whose request allows it: the next elements, packed
@@ -96,13 +98,14 @@ __all__ = [
 ANY_INSTANCE: Final = bytes(16)
 """In place of an instance id: any server."""
 
-_MAGIC: Final = b"dcd6"
+_MAGIC: Final = b"dcd7"
 _HELLO: Final = struct.Struct("<4s16s")
+_MAX_TOKEN_BYTES: Final = 512
 _CALL: Final = struct.Struct("<B?6xQQ")
 _PROGRESS: Final = struct.Struct("<Q")
-_ANSWER: Final = struct.Struct("<H6x")
+_ANSWER: Final = struct.Struct("<HB5x")
 _CALL_FRAME: Final = struct.Struct("<B3xIB?6xQQ")
-_ANSWER_FRAME: Final = struct.Struct("<B3xIH6x")
+_ANSWER_FRAME: Final = struct.Struct("<B3xIHB5x")
 
 
 class Hello(NamedTuple):
@@ -110,21 +113,30 @@ class Hello(NamedTuple):
 
     Attributes:
         instance: From a client: the id of the wanted server, or `ANY_INSTANCE`. From a server: its own id.
+        token: From a client: the secret that says who it is; empty if it has none. It is not in the event's `repr`.
     """
 
     instance: bytes
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Hello({self.instance!r}{', with a token' if self.token else ''})"
 
     def pack(self) -> bytes:
         """Return the event's frame."""
-        return pack_frame(FrameKind.HELLO, _HELLO.pack(_MAGIC, self.instance))
+        payload = _HELLO.pack(_MAGIC, self.instance) + self.token.encode("ascii")
+        return pack_frame(FrameKind.HELLO, payload)
 
     @classmethod
     def parse(cls, payload: bytes) -> Hello:
         """Return the event in a payload. Raises RemoteProtocolError if the payload is of another protocol."""
-        magic, instance = _HELLO.unpack(payload)
+        magic, instance = _HELLO.unpack_from(payload)
         if magic != _MAGIC:
             raise RemoteProtocolError("the peer's handshake belongs to another protocol or version")
-        return cls(instance)
+        token = payload[_HELLO.size :]
+        if not token.isascii():
+            raise RemoteProtocolError("the peer's handshake has a token that is not ASCII")
+        return cls(instance, token.decode("ascii"))
 
 
 class CallHead(NamedTuple):
@@ -222,28 +234,31 @@ class Answer(NamedTuple):
     Attributes:
         message: The response message.
         ledger: The call's ledger.
+        stripes_limit: How many stripes a call should have at most, for now. 0 if the server does not say.
     """
 
     message: bytes
     ledger: str
+    stripes_limit: int = 0
 
     def pack(self) -> bytes:
         """Return the event's frame."""
         message, ledger = self.message, self.ledger.encode()
         payload_bytes = _ANSWER.size + len(ledger) + len(message)
-        head = _ANSWER_FRAME.pack(FrameKind.ANSWER, payload_bytes, len(ledger))
+        head = _ANSWER_FRAME.pack(FrameKind.ANSWER, payload_bytes, len(ledger), self.stripes_limit)
         return b"".join((head, ledger, message))
 
     @classmethod
     def parse(cls, payload: bytes) -> Answer:
         """Return the event in a payload. Raises RemoteProtocolError if the payload ends inside the ledger."""
-        (ledger_bytes,) = _ANSWER.unpack_from(payload)
+        ledger_bytes, stripes_limit = _ANSWER.unpack_from(payload)
         end = _ANSWER.size + ledger_bytes
         if len(payload) < end:
             raise RemoteProtocolError(
                 f"the peer sent an answer of {len(payload)} bytes, whose ledger alone ends at byte {end}"
             )
-        return cls(payload[end:], payload[_ANSWER.size : end].decode("ascii", errors="replace"))
+        ledger = payload[_ANSWER.size : end].decode("ascii", errors="replace")
+        return cls(payload[end:], ledger, stripes_limit)
 
 
 class CallFailure(NamedTuple):
@@ -307,7 +322,7 @@ EVENT_PARSERS: Final[Mapping[int, Callable[[bytes], Event]]] = {
 }
 
 PAYLOAD_SIZES: Final[Mapping[int, range]] = {
-    FrameKind.HELLO: range(_HELLO.size, _HELLO.size + 1),
+    FrameKind.HELLO: range(_HELLO.size, _HELLO.size + _MAX_TOKEN_BYTES + 1),
     FrameKind.CALL: range(_CALL.size, MAX_MESSAGE_BYTES + 1),
     FrameKind.MESSAGE: range(MAX_MESSAGE_BYTES + 1),
     FrameKind.ELEMENTS: range(1 << 32),

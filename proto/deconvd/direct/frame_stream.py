@@ -36,13 +36,14 @@ _MAX_FRAME_BYTES: Final = 16 << 20
 
 
 class FrameStream:
-    """One end of a direct connection. One thread may send while another receives, and any thread may call `shutdown`.
+    """One end of a direct connection.
 
+    One thread may send while another receives, and any thread may call `shutdown` or `abort`.
     Sending and receiving raise a ConnectionBrokenError when the connection cannot be used any more.
 
     Attributes:
         protocol: The connection's state.
-        set_deadline, shutdown, half_close_and_drain, close: The methods of the byte stream.
+        set_deadline, shutdown, abort, half_close_and_drain, close: The methods of the byte stream.
     """
 
     def __init__(self, stream: ByteStream, protocol: DirectProtocol) -> None:
@@ -51,6 +52,7 @@ class FrameStream:
         # attributes instead of methods: a method would cost one more function call
         self.set_deadline: Callable[[float | None], None] = stream.set_deadline
         self.shutdown: Callable[[], None] = stream.shutdown
+        self.abort: Callable[[], None] = stream.abort
         self.half_close_and_drain: Callable[[float], None] = stream.half_close_and_drain
         self.close: Callable[[], None] = stream.close
 
@@ -68,7 +70,7 @@ class FrameStream:
             self._stream.write(self.protocol.begin_elements(pending), piece.data)
 
     def send_piece(self, number: int, buffers: Sequence[memoryview]) -> None:
-        """Send a piece of a striped call, whose elements are in one or several buffers."""
+        """Send a run of pieces of a striped call, from `number` on, whose elements are in one or several buffers."""
         head = self.protocol.begin_piece(number, sum(map(len, buffers)))
         self._stream.write(head, *buffers)
 

@@ -29,13 +29,14 @@ Calls of Deconvolve and DeconvolveGrad MAY be striped: other connections of the 
 The control connection carries the call, whose message describes each tensor, and its answer. A client SHOULD send the
 call and all stripes at once. The elements of the operands that are sent, in the order of `Operation.write_order`, are
 cut into pieces (`deconvd.direct.pieces`), and so are those of the results that are sent, in the operation's order. Each
-piece travels once, by any stripe and in any order: PIECE, then one ELEMENTS frame with all of it. A stripe MAY carry
-none. In a stripe the client sends first, and the server MUST NOT send pieces before the client's END. The server
-answers once the results are computed, before or after it has sent them; the client has them once it has the answer and
-the END of every stripe. If the call fails, or a stripe breaks, the server MUST close all stripes on which it has not
-sent its END, and answer FAILED unless it has answered already or the control connection has ended. A client SHOULD have
-greeted on all connections before it sends the call: a server that drains accepts no new ones, but waits for the stripes
-of calls that have come.
+piece travels once, by any stripe and in any order: PIECE, then one ELEMENTS frame with all of it, and perhaps with all
+of some pieces that come next. A stripe MAY carry none. In a stripe the client sends first, and the server MUST NOT send
+pieces before the client's END. The server answers once the results are computed, before or after it has sent them; the
+client has them once it has the answer and the END of every stripe. A server whose processors many calls share MAY limit
+the stripes of the client's next calls in its answer. If the call fails, or a stripe breaks, the server MUST close all
+stripes on which it has not sent its END, and answer FAILED unless it has answered already or the control connection has
+ended. A client SHOULD have greeted on all connections before it sends the call: a server that drains accepts no new
+ones, but waits for the stripes of calls that have come.
 
 Both ends may send at the same time. A client MUST wait for the server's HELLO before its first call, since another
 program may listen on the port. A client that closes a connection cancels its call. A server that closes a connection
@@ -256,7 +257,7 @@ class DirectProtocol:
         return FRAME_HEAD.pack(kind, pending.size_bytes)  # elements never change the state
 
     def begin_piece(self, number: int, size_bytes: int) -> bytes:
-        """Return the bytes to send before a piece of a striped call. Raises the same errors as `send`."""
+        """Return the bytes to send before a run of pieces of a striped call. Raises the same errors as `send`."""
         elements = PendingElements(size_bytes)
         return self.send(PieceHead(number)) + self.begin_elements(elements)
 

@@ -104,7 +104,11 @@ class StripeHead(NamedTuple):
 
 
 class PieceHead(NamedTuple):
-    """The head of a piece, whose elements follow. See `deconvd.direct.pieces`."""
+    """The head of a run of pieces, whose elements follow. See `deconvd.direct.pieces`.
+
+    Attributes:
+        number: The first piece.
+    """
 
     number: int
 

@@ -16,8 +16,9 @@ MAX_UNIX_PATH_BYTES: Final = 107
 
 
 def is_valid_unix_path(path: str | Path) -> bool:
-    """Return whether a path is short enough for a Unix socket."""
-    return len(os.fsencode(path)) <= MAX_UNIX_PATH_BYTES
+    """Return whether a Unix socket can have a path: it is short enough, and has no null byte."""
+    data = os.fsencode(path)
+    return len(data) <= MAX_UNIX_PATH_BYTES and b"\0" not in data
 
 
 def processors_count() -> int:

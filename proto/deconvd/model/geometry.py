@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from deconvd.errors import InvalidArgumentError
 
@@ -88,6 +89,17 @@ class Geometry:
             dilate_pair,
             _integer("groups", groups, "an int"),
         )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments with which `deconvolution_2d` and the other functions have this geometry."""
+        return {
+            "stride": self.stride,
+            "pad": self.pad,
+            "outsize": self.outsize,
+            "dilate": self.dilate,
+            "groups": self.groups,
+        }
 
     def output_size(self, image: Pair, kernel: Pair) -> Pair:
         """Return the size ``(h_O, w_O)`` of the output image, in pixels.
@@ -185,9 +197,12 @@ def _outsize(value: Sequence[SupportsIndex | None]) -> OutputSize:
 
 def _split_pair(name: str, value: object, allowed: str) -> tuple[object, object]:
     if isinstance(value, Iterable):
-        elements = tuple(value)
-        if len(elements) == 2:
-            return elements[0], elements[1]
+        with suppress(
+            TypeError
+        ):  # an array without dimensions has __iter__, but cannot be iterated over
+            elements = tuple(value)
+            if len(elements) == 2:
+                return elements[0], elements[1]
     raise _kind_error(name, value, allowed)
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Final
 
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["Options", "UseCudnn"]
+__all__ = ["Options", "UseCudnn", "UseCudnnTensorCore"]
 
 
 class UseCudnn(StrEnum):
     """When cuDNN may be used: when it is the fastest, whenever it can run the operation, or never."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class UseCudnnTensorCore(StrEnum):
+    """When tensor cores may be used, by cuDNN or others: when that is the fastest, whenever possible, or never."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -27,28 +37,43 @@ class Options:
         autotune: Time the candidate algorithms once for each kind of request, and use the fastest.
         use_cudnn: When cuDNN may be used. A `UseCudnn` or its value.
         allow_tf32: Allow float32 operands to be rounded to TF32 in products. Chainer does not have this option.
+        use_cudnn_tensor_core: When tensor cores may be used. A `UseCudnnTensorCore` or its value. ``never`` keeps them
+            out of every element type, and TF32 too. The other two differ in nothing: tensor cores compute half
+            precision where that is the fastest, and float32 only if `allow_tf32` allows it.
 
     Raises:
-        InvalidArgumentError: A value has the wrong type, or `use_cudnn` is not one of its three values.
+        InvalidArgumentError: A value has the wrong type, or is not one of the three that it may be.
     """
 
     cudnn_deterministic: bool = False
     autotune: bool = False
     use_cudnn: UseCudnn = UseCudnn.AUTO
     allow_tf32: bool = False
+    use_cudnn_tensor_core: UseCudnnTensorCore = UseCudnnTensorCore.AUTO
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "use_cudnn" and not isinstance(value, bool):
+            if field.name in _ENUMS:
+                # The class is frozen. Users of Chainer pass a string, which becomes the enumeration once, here.
+                object.__setattr__(self, field.name, _member(field.name, value))
+            elif not isinstance(value, bool):
                 raise InvalidArgumentError(
                     f"{field.name} must be True or False, got {value!r}", argument=field.name
                 )
-        try:
-            # The class is frozen. Users of Chainer pass a string, which becomes the enumeration once, here.
-            object.__setattr__(self, "use_cudnn", UseCudnn(self.use_cudnn))
-        except ValueError:
-            raise InvalidArgumentError(
-                f"use_cudnn must be 'auto', 'always' or 'never', got {self.use_cudnn!r}",
-                argument="use_cudnn",
-            ) from None
+
+
+_ENUMS: Final[Mapping[str, type[StrEnum]]] = {
+    "use_cudnn": UseCudnn,
+    "use_cudnn_tensor_core": UseCudnnTensorCore,
+}
+"""By the name of an option that has three values: its enumeration."""
+
+
+def _member(name: str, value: object) -> StrEnum:
+    try:
+        return _ENUMS[name](value)  # type: ignore[arg-type]  # the try finds out whether it is one of its values
+    except ValueError:
+        raise InvalidArgumentError(
+            f"{name} must be 'auto', 'always' or 'never', got {value!r}", argument=name
+        ) from None

@@ -95,7 +95,7 @@ class Problem:
         if self.c_I != self.W.shape[0]:
             raise InvalidArgumentError(
                 f"W must have as many input channels, W.shape[0], as x has, x.shape[1]: "
-                f"got {self.W} for x {self.x}",
+                f"got W.shape {self.W.shape} for x.shape {self.x.shape}",
                 argument="W",
             )
         if self.c_I % self.groups:

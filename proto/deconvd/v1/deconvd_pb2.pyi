@@ -106,6 +106,34 @@ USE_CUDNN_NEVER: UseCudnn.ValueType  # 3
 """Never."""
 Global___UseCudnn: _TypeAlias = UseCudnn  # noqa: Y015
 
+class _UseCudnnTensorCore:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UseCudnnTensorCoreEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UseCudnnTensorCore.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USE_CUDNN_TENSOR_CORE_UNSPECIFIED: _UseCudnnTensorCore.ValueType  # 0
+    """The same as AUTO."""
+    USE_CUDNN_TENSOR_CORE_AUTO: _UseCudnnTensorCore.ValueType  # 1
+    """When that is the fastest. For float32 only if `Options.allow_tf32` is set."""
+    USE_CUDNN_TENSOR_CORE_ALWAYS: _UseCudnnTensorCore.ValueType  # 2
+    """The same as AUTO."""
+    USE_CUDNN_TENSOR_CORE_NEVER: _UseCudnnTensorCore.ValueType  # 3
+    """Never, whatever the element type, and whatever `Options.allow_tf32`."""
+
+class UseCudnnTensorCore(_UseCudnnTensorCore, metaclass=_UseCudnnTensorCoreEnumTypeWrapper):
+    """When the server may use tensor cores. It has no effect on a device that is not a GPU."""
+
+USE_CUDNN_TENSOR_CORE_UNSPECIFIED: UseCudnnTensorCore.ValueType  # 0
+"""The same as AUTO."""
+USE_CUDNN_TENSOR_CORE_AUTO: UseCudnnTensorCore.ValueType  # 1
+"""When that is the fastest. For float32 only if `Options.allow_tf32` is set."""
+USE_CUDNN_TENSOR_CORE_ALWAYS: UseCudnnTensorCore.ValueType  # 2
+"""The same as AUTO."""
+USE_CUDNN_TENSOR_CORE_NEVER: UseCudnnTensorCore.ValueType  # 3
+"""Never, whatever the element type, and whatever `Options.allow_tf32`."""
+Global___UseCudnnTensorCore: _TypeAlias = UseCudnnTensorCore  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """An array of floating-point numbers. Without a payload it is a description: an element type and a shape.
@@ -386,6 +414,7 @@ class Options(_message.Message):
     AUTOTUNE_FIELD_NUMBER: _builtins.int
     USE_CUDNN_FIELD_NUMBER: _builtins.int
     ALLOW_TF32_FIELD_NUMBER: _builtins.int
+    USE_CUDNN_TENSOR_CORE_FIELD_NUMBER: _builtins.int
     cudnn_deterministic: _builtins.bool
     """Two runs on the same device give the same bits."""
     autotune: _builtins.bool
@@ -395,6 +424,10 @@ class Options(_message.Message):
     """Allow float32 operands to be rounded to TF32 (10 bits of mantissa) in products. Results then differ from the reference by
     more than its tolerances.
     """
+    use_cudnn_tensor_core: Global___UseCudnnTensorCore.ValueType
+    """A server without this field ignores it. So a client MUST NOT send NEVER unless GetServerInfoResponse.features has
+    "use_cudnn_tensor_core".
+    """
     def __init__(
         self,
         *,
@@ -402,10 +435,11 @@ class Options(_message.Message):
         autotune: _builtins.bool = ...,
         use_cudnn: Global___UseCudnn.ValueType = ...,
         allow_tf32: _builtins.bool = ...,
+        use_cudnn_tensor_core: Global___UseCudnnTensorCore.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_tf32", b"allow_tf32", "autotune", b"autotune", "cudnn_deterministic", b"cudnn_deterministic", "use_cudnn", b"use_cudnn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_tf32", b"allow_tf32", "autotune", b"autotune", "cudnn_deterministic", b"cudnn_deterministic", "use_cudnn", b"use_cudnn", "use_cudnn_tensor_core", b"use_cudnn_tensor_core"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,12 +463,18 @@ class DeconvolveRequest(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     KEEP_Y_FIELD_NUMBER: _builtins.int
     REMEMBER_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session whose residents and digests the request names, and for which tensors are to be kept. MAY be absent if the
     request has neither residents nor digests and keeps no tensors.
     """
     keep_y: _builtins.bool
     """Keep y for the session instead of sending it. The response then has y as `resident`."""
+    waits: _builtins.bool
+    """Whether the caller waits for an answer until the deadline, and makes the call again if it is refused. Then the server lets
+    it wait for others as long as there are places, and else refuses it if that would make it take much longer than alone.
+    """
     @_builtins.property
     def x(self) -> Global___Tensor:
         """(n, c_I, h_I, w_I)"""
@@ -463,6 +503,8 @@ class DeconvolveRequest(_message.Message):
     def remember(self) -> Global___OperandsToRemember:
         """Which of the operands that are sent with this request to remember for later ones."""
 
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry: ...
     def __init__(
         self,
         *,
@@ -476,14 +518,50 @@ class DeconvolveRequest(_message.Message):
         keep: Global___OperandsToKeep | None = ...,
         keep_y: _builtins.bool = ...,
         remember: Global___OperandsToRemember | None = ...,
+        telemetry: Global___Telemetry | None = ...,
+        waits: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "options", b"options", "remember", b"remember", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "options", b"options", "remember", b"remember", "telemetry", b"telemetry", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "keep_y", b"keep_y", "options", b"options", "remember", b"remember", "session", b"session", "w", b"w", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "geometry", b"geometry", "keep", b"keep", "keep_y", b"keep_y", "options", b"options", "remember", b"remember", "session", b"session", "telemetry", b"telemetry", "w", b"w", "waits", b"waits", "x", b"x", "y_place", b"y_place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeconvolveRequest: _TypeAlias = DeconvolveRequest  # noqa: Y015
+
+@_typing.final
+class Telemetry(_message.Message):
+    """What the client says about a call for logs and traces. It changes no result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The name by which the client knows the call. The server logs it, and returns it in google.rpc.RequestInfo if the call
+    fails. At most 128 characters; the server cuts longer ones. It takes precedence over the metadata `x-request-id` of gRPC.
+    """
+    traceparent: _builtins.str
+    """The client's span, in the forms of W3C Trace Context. A server that records spans makes its own span a child of it. The
+    server ignores a `traceparent` that is not valid, and then `tracestate`, too. A `tracestate` of more than 512 bytes is cut,
+    member by member. They take precedence over gRPC's metadata of the same names.
+    """
+    tracestate: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Telemetry: _TypeAlias = Telemetry  # noqa: Y015
 
 @_typing.final
 class OperandsToRemember(_message.Message):
@@ -651,7 +729,17 @@ class DeconvolveGradRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     REMEMBER_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
+    WIDE_SUMS_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
+    """As in DeconvolveRequest."""
+    wide_sums: _builtins.bool
+    """Whether gw and gb have the type in which they are summed, instead of those of W and x: float64 if x or W is float64, else
+    float32. A client that adds up the gradients of parts of a batch then rounds once. A server without this field ignores
+    it. So a client MUST NOT set it unless GetServerInfoResponse.features has "wide_sums".
+    """
+    waits: _builtins.bool
     """As in DeconvolveRequest."""
     @_builtins.property
     def x(self) -> Global___Tensor:
@@ -691,6 +779,10 @@ class DeconvolveGradRequest(_message.Message):
     def remember(self) -> Global___OperandsToRemember:
         """As in DeconvolveRequest."""
 
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry:
+        """As in DeconvolveRequest."""
+
     def __init__(
         self,
         *,
@@ -706,10 +798,13 @@ class DeconvolveGradRequest(_message.Message):
         session: _builtins.bytes = ...,
         keep: Global___GradientMask | None = ...,
         remember: Global___OperandsToRemember | None = ...,
+        telemetry: Global___Telemetry | None = ...,
+        wide_sums: _builtins.bool = ...,
+        waits: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "telemetry", b"telemetry", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "session", b"session", "w", b"w", "wanted", b"wanted", "x", b"x"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gb_place", b"gb_place", "geometry", b"geometry", "gw_place", b"gw_place", "gx_place", b"gx_place", "gy", b"gy", "keep", b"keep", "options", b"options", "remember", b"remember", "session", b"session", "telemetry", b"telemetry", "w", b"w", "waits", b"waits", "wanted", b"wanted", "wide_sums", b"wide_sums", "x", b"x"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -730,11 +825,11 @@ class DeconvolveGradResponse(_message.Message):
 
     @_builtins.property
     def gw(self) -> Global___Tensor:
-        """The shape and element type of W."""
+        """The shape and element type of W, unless the request has `wide_sums`."""
 
     @_builtins.property
     def gb(self) -> Global___Tensor:
-        """(c_O), with the element type of x: the sum of gy over n, h and w."""
+        """(c_O), with the element type of x, unless `wide_sums`: the sum of gy over n, h and w."""
 
     def __init__(
         self,
@@ -1034,6 +1129,7 @@ class HoldSessionRequest(_message.Message):
     """A secret of up to 64 bytes. All sessions with the same key belong to one tenant: they share a quota, can use each other's
     residents, and can name by digest what any of them has sent. Empty: the session is a tenant of its own. A client that
     resumes a session MUST give the key with which it was opened, or the server answers that there is no such session.
+    If the server knows who calls, this holds within the caller's identity, and its sessions with an empty key are one tenant.
     """
     def __init__(
         self,
@@ -1119,21 +1215,27 @@ class PutTensorHeader(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session for which the server keeps the tensor."""
     @_builtins.property
     def tensor(self) -> Global___Tensor:
         """A description, whose elements follow in chunks, or shared."""
 
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry:
+        """As in DeconvolveRequest."""
+
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         tensor: Global___Tensor | None = ...,
+        telemetry: Global___Telemetry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["telemetry", b"telemetry", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "telemetry", b"telemetry", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1170,6 +1272,7 @@ class GetTensorRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """Any session of the tensor's tenant."""
     @_builtins.property
@@ -1178,16 +1281,21 @@ class GetTensorRequest(_message.Message):
     def place(self) -> Global___SharedSlice:
         """Where to write the elements. Absent: they are sent in chunks."""
 
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry:
+        """As in DeconvolveRequest."""
+
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         resident: Global___Resident | None = ...,
         place: Global___SharedSlice | None = ...,
+        telemetry: Global___Telemetry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "resident", b"resident", "session", b"session", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1306,6 +1414,7 @@ class GetServerInfoResponse(_message.Message):
     UNIX_SOCKETS_FIELD_NUMBER: _builtins.int
     DIRECT_PORT_FIELD_NUMBER: _builtins.int
     SIDE_SOCKETS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of deconvd, in the form of PEP 440."""
     shared_memory_socket: _builtins.str
@@ -1340,6 +1449,10 @@ class GetServerInfoResponse(_message.Message):
     def side_sockets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SideSockets]:
         """The side sockets of each of `unix_sockets`, in the same order."""
 
+    @_builtins.property
+    def counts(self) -> Global___ServerCounts:
+        """What the server has done, and what it has in use. Absent if the server is older than this field."""
+
     def __init__(
         self,
         *,
@@ -1353,10 +1466,11 @@ class GetServerInfoResponse(_message.Message):
         unix_sockets: _abc.Iterable[_builtins.str] | None = ...,
         direct_port: _builtins.int = ...,
         side_sockets: _abc.Iterable[Global___SideSockets] | None = ...,
+        counts: Global___ServerCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1411,6 +1525,7 @@ class Device(_message.Message):
     RUNNING_CALLS_COUNT_FIELD_NUMBER: _builtins.int
     WAITING_CALLS_COUNT_FIELD_NUMBER: _builtins.int
     CACHES_FIELD_NUMBER: _builtins.int
+    BUSY_US_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """As in the server's --device: "cpu", "cuda:0"."""
     name: _builtins.str
@@ -1425,6 +1540,8 @@ class Device(_message.Message):
     """How much of that they use now."""
     running_calls_count: _builtins.int
     waiting_calls_count: _builtins.int
+    busy_us: _builtins.int
+    """For how long at least one call has run on it, since the server started."""
     @_builtins.property
     def caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cache]:
         """Its caches. Of resident tensors, only those of the caller's tenant are counted."""
@@ -1441,10 +1558,11 @@ class Device(_message.Message):
         running_calls_count: _builtins.int = ...,
         waiting_calls_count: _builtins.int = ...,
         caches: _abc.Iterable[Global___Cache] | None = ...,
+        busy_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "caches", b"caches", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name", "running_calls_count", b"running_calls_count", "threads_count", b"threads_count", "used_bytes", b"used_bytes", "waiting_calls_count", b"waiting_calls_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "busy_us", b"busy_us", "caches", b"caches", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name", "running_calls_count", b"running_calls_count", "threads_count", b"threads_count", "used_bytes", b"used_bytes", "waiting_calls_count", b"waiting_calls_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1462,6 +1580,7 @@ class Cache(_message.Message):
     LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     HITS_COUNT_FIELD_NUMBER: _builtins.int
     MISSES_COUNT_FIELD_NUMBER: _builtins.int
+    EVICTIONS_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
     """Number of entries."""
@@ -1471,6 +1590,8 @@ class Cache(_message.Message):
     """How often a requested entry was in the cache."""
     misses_count: _builtins.int
     """How often it had to be created."""
+    evictions_count: _builtins.int
+    """How often an entry had to make room for others."""
     def __init__(
         self,
         *,
@@ -1480,14 +1601,215 @@ class Cache(_message.Message):
         limit_bytes: _builtins.int = ...,
         hits_count: _builtins.int = ...,
         misses_count: _builtins.int = ...,
+        evictions_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hits_count", b"hits_count", "limit_bytes", b"limit_bytes", "misses_count", b"misses_count", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evictions_count", b"evictions_count", "hits_count", b"hits_count", "limit_bytes", b"limit_bytes", "misses_count", b"misses_count", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Cache: _TypeAlias = Cache  # noqa: Y015
+
+@_typing.final
+class ServerCounts(_message.Message):
+    """What a server has done for its clients since it started, and what it has in use now. It tells nothing about resident
+    tensors: see `Device.caches`.
+
+    `methods` and `stages` count the calls of the caller's identity alone, if the caller has proved one by a token or a
+    certificate. All other fields are about the calls of all callers.
+
+    What counts events, bytes or times never shrinks. After a restart it starts at 0 again, and GetServerInfoResponse.instance_id
+    is another.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPTIME_US_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    SESSIONS_COUNT_FIELD_NUMBER: _builtins.int
+    DIRECT_CONNECTIONS_COUNT_FIELD_NUMBER: _builtins.int
+    BORROWERS_COUNT_FIELD_NUMBER: _builtins.int
+    RUNNING_STREAMS_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_STREAMS_COUNT_FIELD_NUMBER: _builtins.int
+    uptime_us: _builtins.int
+    """How long the server has been running."""
+    sessions_count: _builtins.int
+    """Open sessions, of all tenants."""
+    direct_connections_count: _builtins.int
+    borrowers_count: _builtins.int
+    """Clients that are connected to borrow shared memory."""
+    running_streams_count: _builtins.int
+    """Streams and striped calls that have their memory."""
+    waiting_streams_count: _builtins.int
+    """Streams and striped calls that wait for it."""
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodCounts]:
+        """One for each method and transport with calls so far."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTimes]: ...
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
+        """The budgets of host memory. Those of devices are in `Device`."""
+
+    def __init__(
+        self,
+        *,
+        uptime_us: _builtins.int = ...,
+        methods: _abc.Iterable[Global___MethodCounts] | None = ...,
+        stages: _abc.Iterable[Global___StageTimes] | None = ...,
+        memory: _abc.Iterable[Global___MemoryUse] | None = ...,
+        sessions_count: _builtins.int = ...,
+        direct_connections_count: _builtins.int = ...,
+        borrowers_count: _builtins.int = ...,
+        running_streams_count: _builtins.int = ...,
+        waiting_streams_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowers_count", b"borrowers_count", "direct_connections_count", b"direct_connections_count", "memory", b"memory", "methods", b"methods", "running_streams_count", b"running_streams_count", "sessions_count", b"sessions_count", "stages", b"stages", "uptime_us", b"uptime_us", "waiting_streams_count", b"waiting_streams_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerCounts: _TypeAlias = ServerCounts  # noqa: Y015
+
+@_typing.final
+class MethodCounts(_message.Message):
+    """The calls of one method by one transport. Bytes are those of tensors' elements, before they are packed, and without tensors
+    that were on the server already or stay there. Those of calls that still run are included.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    RUNNING_COUNT_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """The name of the RPC."""
+    transport: _builtins.str
+    """"shared_memory" if the client wrote or reads a tensor there; otherwise "unix" or "tcp" for direct connections, and "grpc"."""
+    running_count: _builtins.int
+    """The calls that have not ended, including those that wait."""
+    received_bytes: _builtins.int
+    sent_bytes: _builtins.int
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusCount]:
+        """The calls that have ended, by status."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        ended: _abc.Iterable[Global___StatusCount] | None = ...,
+        running_count: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "method", b"method", "received_bytes", b"received_bytes", "running_count", b"running_count", "sent_bytes", b"sent_bytes", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MethodCounts: _TypeAlias = MethodCounts  # noqa: Y015
+
+@_typing.final
+class StatusCount(_message.Message):
+    """How many calls have ended with a status."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    status: _builtins.str
+    """The name of the gRPC status: "OK", "UNAVAILABLE"."""
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        status: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatusCount: _TypeAlias = StatusCount  # noqa: Y015
+
+@_typing.final
+class StageTimes(_message.Message):
+    """How long one stage of calls took. Only calls count that have waited for a device or used one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_US_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """As in the ledger of a call, without the unit: "queue", "upload", "compute", "download", "server"."""
+    count: _builtins.int
+    """Calls with that stage that have ended."""
+    total_us: _builtins.int
+    """The time of all of them."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A histogram. Element i counts the calls that took less than 2^i microseconds and are not in an earlier element. Element
+        27 counts all longer calls, too. Elements after the last one that is not 0 are left out.
+        """
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        count: _builtins.int = ...,
+        total_us: _builtins.int = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "counts", b"counts", "stage", b"stage", "total_us", b"total_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageTimes: _TypeAlias = StageTimes  # noqa: Y015
+
+@_typing.final
+class MemoryUse(_message.Message):
+    """How much of a budget of memory is in use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"messages", "streams", "pools" of memory for the next call, "shared memory", or the whole "process"."""
+    used_bytes: _builtins.int
+    limit_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        used_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_bytes", b"limit_bytes", "name", b"name", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):

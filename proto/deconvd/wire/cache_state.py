@@ -20,6 +20,7 @@ class CacheState:
         limit_bytes: Largest size of all entries.
         hits_count: How often a requested entry was in the cache.
         misses_count: How often it had to be created.
+        evictions_count: How often an entry had to make room for others.
     """
 
     name: str
@@ -28,6 +29,7 @@ class CacheState:
     limit_bytes: int
     hits_count: int
     misses_count: int
+    evictions_count: int = 0
 
     def to_message(self) -> pb.Cache:
         """Return this state as a message."""

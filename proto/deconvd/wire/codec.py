@@ -124,7 +124,8 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
     """Return the message in some bytes, which must not be changed. The elements are views of the bytes.
 
     Small requests without elements (because these are in shared memory, for example) are repeated, so they are cached.
-    Messages of types without tensors are not cached: they are not repeated, and may contain secrets.
+    Messages of types without tensors are not cached: they are not repeated, and may contain secrets. Nor are requests
+    that name their calls for logs or traces.
 
     Raises:
         DecodeError: The bytes are not a valid message.
@@ -137,7 +138,7 @@ def decode(message_type: type[M], data: bytes) -> Envelope[M]:
     envelope = _envelope_cache.get((message_type, data))
     if envelope is None:
         envelope = _decode_generic(message_type, data)
-        if not envelope.raw and _tensor_fields(message_type.DESCRIPTOR):
+        if not envelope.raw and _is_repeated(envelope.message):
             _cache_envelope(message_type, data, envelope)
     return envelope
 
@@ -199,6 +200,14 @@ def _check_generic_size(data: bytes, unusual: _UnsupportedLayoutError) -> None:
         raise ExhaustedError(
             f"a message with {unusual} must have at most {_MAX_GENERIC_BYTES} bytes, got {len(data)}"
         )
+
+
+def _is_repeated(message: Message) -> bool:
+    """Return whether a message is likely to come again: it has tensors, and does not name its call."""
+    fields = message.DESCRIPTOR.fields_by_name
+    return bool(_tensor_fields(message.DESCRIPTOR)) and not (
+        "telemetry" in fields and message.HasField("telemetry")
+    )
 
 
 def _cache_envelope(message_type: type[M], data: bytes, envelope: Envelope[M]) -> None:

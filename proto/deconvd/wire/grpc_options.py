@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["GRPC_OPTIONS", "has_authority", "unix_path"]
+__all__ = ["GRPC_OPTIONS", "NOT_IN_UNIX_PATHS", "has_authority", "unix_path"]
 
 GRPC_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.optimization_target", "throughput"),
@@ -14,6 +14,9 @@ GRPC_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.http2.lookahead_bytes", 64 << 20),
 )
 """Channel and server options, chosen by measurement: see benchmarks/results."""
+
+NOT_IN_UNIX_PATHS: Final = frozenset("%?#,")
+"""Letters that the path of a Unix socket cannot have: gRPC takes it for a URI, and a comma for the start of another."""
 
 
 def unix_path(address: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -16,6 +17,9 @@ OVERLAP_ENTRY: Final = "follow_us"
 The entry exists only if the device overlapped the call. So it tells the client whether overlapping has paid off.
 """
 
+_NUMBER: Final = re.compile("[0-9]{1,18}")
+"""The numbers of a ledger. Digits of other scripts, and thousands of digits, are not numbers to `int`."""
+
 
 def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """Return the ledger in trailing metadata, as text. Empty if the metadata has no ledger."""
@@ -28,4 +32,4 @@ def ledger_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 def parse_ledger(text: str) -> dict[str, int]:
     """Return the entries of a ledger by name. Malformed entries are ignored."""
     pairs = (pair.partition("=") for pair in text.split(";"))
-    return {name: int(number) for name, _, number in pairs if number.isdigit()}
+    return {name: int(number) for name, _, number in pairs if _NUMBER.fullmatch(number)}

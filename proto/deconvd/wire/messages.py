@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from google.protobuf.message import Message
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.geometry import Geometry, OutputSize, Pair
 from deconvd.model.operation import Operation
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.v1 import deconvd_pb2 as pb
 
 __all__ = [
+    "USE_CUDNN_TENSOR_CORE",
+    "WIDE_SUMS",
     "OperationMessages",
     "geometry_from_message",
     "message_from_geometry",
@@ -22,10 +25,27 @@ __all__ = [
     "options_from_message",
 ]
 
+WIDE_SUMS: Final = "wide_sums"
+"""The feature of servers that know `DeconvolveGradRequest.wide_sums`."""
+
+USE_CUDNN_TENSOR_CORE: Final = "use_cudnn_tensor_core"
+"""The name of the feature in GetServerInfoResponse."""
+
 _ENUM_BY_USE_CUDNN = {use: pb.UseCudnn.Value(f"USE_CUDNN_{use.name}") for use in UseCudnn}
 _USE_CUDNN_BY_ENUM = {
     pb.USE_CUDNN_UNSPECIFIED: UseCudnn.AUTO,
     **{number: use for use, number in _ENUM_BY_USE_CUDNN.items()},
+}
+_ENUM_BY_TENSOR_CORE = {
+    UseCudnnTensorCore.AUTO: pb.USE_CUDNN_TENSOR_CORE_UNSPECIFIED,  # so that it takes no bytes
+    UseCudnnTensorCore.ALWAYS: pb.USE_CUDNN_TENSOR_CORE_ALWAYS,
+    UseCudnnTensorCore.NEVER: pb.USE_CUDNN_TENSOR_CORE_NEVER,
+}
+_TENSOR_CORE_BY_ENUM = {
+    pb.USE_CUDNN_TENSOR_CORE_UNSPECIFIED: UseCudnnTensorCore.AUTO,
+    pb.USE_CUDNN_TENSOR_CORE_AUTO: UseCudnnTensorCore.AUTO,
+    pb.USE_CUDNN_TENSOR_CORE_ALWAYS: UseCudnnTensorCore.ALWAYS,
+    pb.USE_CUDNN_TENSOR_CORE_NEVER: UseCudnnTensorCore.NEVER,
 }
 
 
@@ -81,6 +101,7 @@ def message_from_options(options: Options) -> pb.Options:
         autotune=options.autotune,
         use_cudnn=_ENUM_BY_USE_CUDNN[options.use_cudnn],
         allow_tf32=options.allow_tf32,
+        use_cudnn_tensor_core=_ENUM_BY_TENSOR_CORE[options.use_cudnn_tensor_core],
     )
 
 
@@ -88,20 +109,28 @@ def options_from_message(message: pb.Options) -> Options:
     """Return the options in a message.
 
     Raises:
-        InvalidArgumentError: `use_cudnn` is a number that the schema does not define.
+        InvalidArgumentError: An enumeration is a number that the schema does not define.
     """
     use_cudnn = _USE_CUDNN_BY_ENUM.get(message.use_cudnn)
     if use_cudnn is None:
-        allowed = ", ".join(pb.UseCudnn.Name(number) for number in _USE_CUDNN_BY_ENUM)
-        raise InvalidArgumentError(
-            f"use_cudnn must be one of {allowed}, got number {message.use_cudnn}",
-            argument="use_cudnn",
-        )
+        names = map(pb.UseCudnn.Name, _USE_CUDNN_BY_ENUM)
+        raise _number_error("use_cudnn", names, message.use_cudnn)
+    tensor_core = _TENSOR_CORE_BY_ENUM.get(message.use_cudnn_tensor_core)
+    if tensor_core is None:
+        names = map(pb.UseCudnnTensorCore.Name, _TENSOR_CORE_BY_ENUM)
+        raise _number_error("use_cudnn_tensor_core", names, message.use_cudnn_tensor_core)
     return Options(
         cudnn_deterministic=message.cudnn_deterministic,
         autotune=message.autotune,
         use_cudnn=use_cudnn,
         allow_tf32=message.allow_tf32,
+        use_cudnn_tensor_core=tensor_core,
+    )
+
+
+def _number_error(name: str, allowed: Iterable[str], number: int) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{name} must be one of {', '.join(allowed)}, got number {number}", argument=name
     )
 
 

@@ -3,6 +3,7 @@
 BadRequest    the argument at fault of an InvalidArgumentError
 ResourceInfo  the argument of a NotFoundError, and the kind of resource
 RetryInfo     when to retry after an UnavailableError
+RequestInfo   the name of the call in the server's log
 ErrorInfo     the error's class, in `reason`: it survives proxies that change the status code
 """
 
@@ -41,8 +42,12 @@ _CLASS_BY_STATUS: dict[str, type[DeconvdError]] = {DeconvdError.status: DeconvdE
 _CLASS_BY_STATUS |= {cls.status: cls for cls in DeconvdError.__subclasses__()}
 
 
-def status_from_error(error: DeconvdError) -> status_pb2.Status:
-    """Return an error as the status that the caller receives."""
+def status_from_error(error: DeconvdError, request_id: str = "") -> status_pb2.Status:
+    """Return an error as the status that the caller receives.
+
+    Args:
+        request_id: The name of the call in the server's log, if it has one.
+    """
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)
     ]
@@ -62,6 +67,8 @@ def status_from_error(error: DeconvdError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
     return status_pb2.Status(
         code=code_pb2.Code.Value(error.status),
         message=text,
@@ -79,12 +86,16 @@ def error_from_status(status: status_pb2.Status) -> DeconvdError:
     text = status.message or f"the call failed with status {name}"
     cls = details.error_class or _CLASS_BY_STATUS.get(name)
     if cls is None:
-        return DeconvdError(f"{name}: {text}")
-    if issubclass(cls, (InvalidArgumentError, NotFoundError)):
-        return cls(text, argument=details.argument)
-    if issubclass(cls, UnavailableError):
-        return cls(text, retry_after_s=details.retry_after_s)
-    return cls(text)
+        error = DeconvdError(f"{name}: {text}")
+    elif issubclass(cls, (InvalidArgumentError, NotFoundError)):
+        error = cls(text, argument=details.argument)
+    elif issubclass(cls, UnavailableError):
+        error = cls(text, retry_after_s=details.retry_after_s)
+    else:
+        error = cls(text)
+    if details.request_id:
+        error.request_id = details.request_id
+    return error
 
 
 class _ParsedDetails:
@@ -93,6 +104,7 @@ class _ParsedDetails:
     def __init__(self, details: Iterable[any_pb2.Any]) -> None:
         self.error_class: type[DeconvdError] | None = None
         self.argument = ""
+        self.request_id = ""
         self.retry_after_s: float | None = None
         with suppress(
             message.DecodeError
@@ -105,6 +117,7 @@ class _ParsedDetails:
         bad_request = error_details_pb2.BadRequest()
         resource = error_details_pb2.ResourceInfo()
         retry = error_details_pb2.RetryInfo()
+        request = error_details_pb2.RequestInfo()
         if packed.Unpack(info) and info.domain == _DOMAIN:
             self.error_class = _CLASS_BY_NAME.get(info.reason)
         elif packed.Unpack(bad_request) and bad_request.field_violations:
@@ -112,7 +125,10 @@ class _ParsedDetails:
         elif packed.Unpack(resource):
             self.argument = resource.resource_name
         elif packed.Unpack(retry):
-            self.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+            # a negative delay would have the client retry without a pause
+            self.retry_after_s = max(retry.retry_delay.ToMilliseconds(), 0) / 1000
+        elif packed.Unpack(request):
+            self.request_id = request.request_id
 
 
 def _shorten(text: str) -> str:

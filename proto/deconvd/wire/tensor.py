@@ -14,6 +14,7 @@ from deconvd.wire.codec import Buffer
 
 __all__ = [
     "array_from_message",
+    "array_of_expected_spec",
     "array_of_spec",
     "element_type_from_number",
     "element_type_number",
@@ -111,6 +112,16 @@ def array_from_message(name: str, message: pb.Tensor, raw: Buffer | None = None)
             has another length than the shape requires.
     """
     return array_of_spec(name, spec_from_message(name, message), message, raw)
+
+
+def array_of_expected_spec(
+    name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None
+) -> Array:
+    """Return the tensor in a message that must have a spec. See `array_from_message`."""
+    described = spec_from_message(name, message)
+    if described != spec:
+        raise InvalidArgumentError(f"{name} must be {spec}, got {described}", argument=name)
+    return array_of_spec(name, spec, message, raw)
 
 
 def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:

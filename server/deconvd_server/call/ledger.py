@@ -35,25 +35,30 @@ class Stage(StrEnum):
 
 
 class Ledger:
-    """The microseconds of each stage of a call. The call begins when this object is made. Thread-safe."""
+    """The microseconds of each stage of a call. The call begins when this object is made. Thread-safe.
+
+    Attributes:
+        began_s: When the call began, by `time.perf_counter`.
+        times_us: The stages so far. Only this object changes it.
+    """
 
     def __init__(self) -> None:
-        self._begin_s = time.perf_counter()
+        self.began_s = time.perf_counter()
         self._lock = threading.Lock()
-        self._microseconds = {Stage.QUEUE: 0}
+        self.times_us = {Stage.QUEUE: 0}
 
     def add(self, stage: Stage, duration_s: float) -> None:
         """Add a time to a stage."""
         with self._lock:
-            before_us = self._microseconds.get(stage, 0)
-            self._microseconds[stage] = before_us + round(duration_s * 1e6)
+            before_us = self.times_us.get(stage, 0)
+            self.times_us[stage] = before_us + round(duration_s * 1e6)
 
     def add_all(self, durations_s: Iterable[tuple[Stage, float]]) -> None:
         """Add times to stages."""
         with self._lock:
             for stage, duration_s in durations_s:
-                before_us = self._microseconds.get(stage, 0)
-                self._microseconds[stage] = before_us + round(duration_s * 1e6)
+                before_us = self.times_us.get(stage, 0)
+                self.times_us[stage] = before_us + round(duration_s * 1e6)
 
     def measure(self, stage: Stage) -> StageSpan:
         """Add the time that a ``with`` block takes to a stage."""
@@ -61,9 +66,9 @@ class Ledger:
 
     def as_text(self) -> str:
         """Return the stages, and the time until now as the whole call's, in the form of `deconvd.wire.ledger`."""
-        server_us = round((time.perf_counter() - self._begin_s) * 1e6)
+        server_us = round((time.perf_counter() - self.began_s) * 1e6)
         with self._lock:
-            entries = [*self._microseconds.items(), (Stage.SERVER, server_us)]
+            entries = [*self.times_us.items(), (Stage.SERVER, server_us)]
         return ";".join(map("%s=%d".__mod__, entries))
 
     def as_metadata(self) -> tuple[tuple[str, str], ...]:

@@ -86,6 +86,11 @@ class Arriving:
         """Return whether that many of its first bytes are there. See `ArrivalProgress.wait_for`."""
         return self._progress.wait_for(self._begin_bytes + size_bytes, timeout_s)
 
+    @property
+    def end_bytes(self) -> int:
+        """How many bytes of the request's operands have arrived once all of this one is there."""
+        return self._begin_bytes + self.array.nbytes
+
     def has_arrived(self) -> bool:
         """Return whether all of it is there now."""
         return self.wait_for(self.array.nbytes, 0)
@@ -117,10 +122,11 @@ def wait_for_all(operands: Mapping[str, Operand], call: CallContext) -> dict[str
 
     Raises as `CallContext.check` and `ArrivalProgress.wait_for` do.
     """
-    return {
-        field: wait_for(operand, call) if isinstance(operand, Arriving) else operand
-        for field, operand in operands.items()
-    }
+    arriving = [operand for operand in operands.values() if isinstance(operand, Arriving)]
+    # the last one first: the others are there by then, and the thread has been woken up once
+    for operand in sorted(arriving, key=lambda operand: operand.end_bytes, reverse=True):
+        wait_for(operand, call)
+    return {field: peek_tensor(operand) for field, operand in operands.items()}
 
 
 def require(operand: Operand) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from deconvd.errors import UnavailableError
 
-__all__ = ["DeviceLostError", "DeviceUnavailableError"]
+__all__ = ["DeviceHungError", "DeviceLostError", "DeviceUnavailableError"]
 
 
 class DeviceUnavailableError(RuntimeError):
     """The device cannot be used. The message says, in one line, what to install or change."""
+
+
+class DeviceHungError(UnavailableError):
+    """A kernel or copy of the device does not end. Only a new process recovers from that. Try again."""
 
 
 class DeviceLostError(UnavailableError):

@@ -38,6 +38,7 @@ class DeviceInfo:
         calls_count: How many calls it computes at once. More calls would only wait inside it.
         has_own_memory: Whether it has memory other than the host's.
         overlaps_transfers: Whether it takes operands that are still arriving, and results that leave while it computes.
+        has_wide_sums: Whether the places of gW and gb may have the compute type of a problem instead of their own.
         card: A card's `card_id`, by which all processes of its host know it. Empty for a device that is no card, which
             has no memory to lend.
     """
@@ -50,6 +51,7 @@ class DeviceInfo:
     calls_count: int
     has_own_memory: bool = False
     overlaps_transfers: bool = False
+    has_wide_sums: bool = False
     card: bytes = b""
 
 
@@ -74,6 +76,13 @@ class Device(Protocol):
     @property
     def caches(self) -> Sequence[CacheState]:
         """The state of its caches, one for each kind of object that it keeps between calls."""
+
+    @property
+    def waiting_since_s(self) -> float:
+        """Since when a thread has waited for the device in a call that nothing can interrupt, on the monotonic clock.
+
+        Of several waits it is the longest. Infinity if no thread waits so, as always with the processor.
+        """
 
     def footprint_bytes(
         self,

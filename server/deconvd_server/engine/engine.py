@@ -30,8 +30,10 @@ from deconvd_server.device import (
 from deconvd_server.device.arriving import ArrivalTimeoutError, Arriving, require_all, wait_for_all
 from deconvd_server.device.departing import note_all_written, targets_of
 from deconvd_server.device.no_products import bytes_without_products, run_without_products
-from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.load import Load
 from deconvd_server.engine.paired_admission import PairedAdmission
+from deconvd_server.engine.queue_limits import WaitLimit
 from deconvd_server.engine.result_arrays import new_result
 
 __all__ = ["Engine", "Engines", "ResultTarget"]
@@ -55,6 +57,7 @@ class Engine:
 
     Args:
         waiting_count: How many calls may wait for their turn; the next one is refused.
+        wait_limit: How long a call may wait for others; it is refused if it would wait for longer.
         messages: Admission to the host memory for requests and responses. It is used if the device has memory
             of its own; if not, the device's budget counts these bytes, too.
 
@@ -65,7 +68,12 @@ class Engine:
     """
 
     def __init__(
-        self, device: Device, *, waiting_count: int, messages: Admission | None = None
+        self,
+        device: Device,
+        *,
+        waiting_count: int,
+        wait_limit: WaitLimit | None = None,
+        messages: Admission | None = None,
     ) -> None:
         self._device = device
         self.info: DeviceInfo = device.info
@@ -76,6 +84,7 @@ class Engine:
             self.info.budget_bytes,
             waiting_count,
             reserved_count=waiting_count // 4,
+            wait_limit=wait_limit or WaitLimit(),
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),  # noqa: PLW0108 - set later
         )
         self._arriving_lock = threading.Lock()
@@ -294,9 +303,19 @@ class Engine:
         return self._admission.load
 
     @property
+    def busy_us(self) -> int:
+        """For how long at least one call has run, since the server started."""
+        return self._admission.busy_us
+
+    @property
     def taken_bytes(self) -> int:
         """What calls and tensors take of the device's budget now."""
         return self._admission.taken_bytes
+
+    @property
+    def waiting_since_s(self) -> float:
+        """Since when a thread has waited for the device. See `Device.waiting_since_s`."""
+        return self._device.waiting_since_s
 
     @property
     def caches(self) -> Sequence[CacheState]:
@@ -313,15 +332,26 @@ class Engines:
 
     Args:
         waiting_count: How many calls may wait for their turn on each device.
-        messages: See `Engine`.
+        wait_limit, messages: See `Engine`.
     """
 
     def __init__(
-        self, devices: Sequence[Device], *, waiting_count: int, messages: Admission | None = None
+        self,
+        devices: Sequence[Device],
+        *,
+        waiting_count: int,
+        wait_limit: WaitLimit | None = None,
+        messages: Admission | None = None,
     ) -> None:
         self.all = tuple(
-            Engine(device, waiting_count=waiting_count, messages=messages) for device in devices
+            Engine(device, waiting_count=waiting_count, wait_limit=wait_limit, messages=messages)
+            for device in devices
         )
+
+    @property
+    def have_wide_sums(self) -> bool:
+        """Whether all of them can return sums in the type in which they are computed."""
+        return all(engine.info.has_wide_sums for engine in self.all)
 
     def least_loaded(self) -> Engine:
         """Return the engine with the fewest calls; of several, the one with the most free memory."""

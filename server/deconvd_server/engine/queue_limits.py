@@ -1,40 +1,50 @@
-"""The queue of calls that wait to start: which may join it, and how long each waits until it checks again."""
+"""The limits of the queue of calls: which may join it, and how long each waits until it checks again."""
 
 from __future__ import annotations
 
-import threading
+import math
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from enum import StrEnum
+from typing import Final, NamedTuple
 
-from deconvd.errors import UnavailableError
 from deconvd_server.call.context import CallContext
 from deconvd_server.engine.answer_shares import SMALL_BYTES
+from deconvd_server.engine.fair_queue import FairQueue, Ticket
 
-__all__ = ["RETRY_AFTER_S", "QueueLimits", "Ticket", "longest_wait_s"]
+__all__ = ["QueueLimits", "Refusal", "RefusalReason", "WaitLimit", "longest_wait_s"]
 
-RETRY_AFTER_S: Final = 0.5
-"""How long a refused caller should wait: about the time in which a queue of small calls shrinks."""
+_FREE_WAIT_S: Final = 0.03
+"""How long any call may wait for others: short calls need not be as fast as alone."""
+
+_STRETCH: Final = 2.2
+"""How much longer a call may take for others, as a multiple of what it takes alone: for two that come at once."""
+
+_OVERLOADED_STRETCH: Final = 1.5
+"""The same while the device has too much to do: for one other. On a busy machine both then take somewhat longer."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ticket:
-    """A call in the queue.
+class RefusalReason(StrEnum):
+    """Why a call is refused."""
 
-    Attributes:
-        lasting_bytes, brought_bytes: See `Admission.admit`.
-        peer: Key of the peer that the call counts for.
-        patient_until_s: Until when it may block the queue while answers are being sent, on the monotonic clock.
-        changed: Notified when it may start, or when its call was cancelled.
-    """
+    PLACES = "places"
+    """As many calls wait as may."""
 
-    footprint_bytes: int
-    lasting_bytes: int
-    brought_bytes: int
-    peer: str
-    patient_until_s: float
-    changed: threading.Condition
+    BYTES = "bytes"
+    """Calls that wait have sent as many bytes as they may."""
+
+    TIME = "time"
+    """It would wait for too long."""
+
+    RESIDENTS = "residents"
+    """Residents leave it no room."""
+
+
+class Refusal(NamedTuple):
+    """Why a call is refused, and in words."""
+
+    reason: RefusalReason
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +62,57 @@ class QueueLimits:
     reserved_count: int
     waiting_bytes: int
 
-    def check(self, ticket: Ticket, queue: Collection[Ticket]) -> None:
-        """Raise UnavailableError if a call may not join the queue."""
+    def refusal(self, ticket: Ticket, queue: FairQueue) -> Refusal | None:
+        """Return why a call may not join the queue; None if it may."""
         is_alone = all(other.peer != ticket.peer for other in queue)
         limit_count = self.waiting_count - (0 if is_alone else self.reserved_count)
         if len(queue) >= limit_count:
-            raise UnavailableError(
-                f"the server is full: {len(queue)} calls wait already", retry_after_s=RETRY_AFTER_S
+            return Refusal(
+                RefusalReason.PLACES, f"the server is full: {len(queue)} calls wait already"
             )
         if ticket.brought_bytes <= SMALL_BYTES:
-            return
+            return None
         others_bytes = sum([other.brought_bytes for other in queue])
         limit_bytes = self.waiting_bytes * limit_count // self.waiting_count
         if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
-            raise UnavailableError(
+            return Refusal(
+                RefusalReason.BYTES,
                 f"the server is full: calls that wait have sent {others_bytes} bytes already, of at most "
                 f"{limit_bytes}, and this one has sent {ticket.brought_bytes}",
-                retry_after_s=RETRY_AFTER_S,
             )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitLimit:
+    """How long a call may wait for others, by the estimate when it comes.
+
+    Attributes:
+        longest_s: The limit; None for as long as others would make it take three times as long as alone, or until
+            the deadline of a caller who would rather wait.
+    """
+
+    longest_s: float | None = None
+
+    def limit_s(
+        self, cost_s: float, remaining_s: float | None, *, is_overloaded: bool, waits: bool = False
+    ) -> float:
+        """Return the limit for a call.
+
+        Args:
+            cost_s: How long it takes alone.
+            remaining_s: Seconds until its deadline; None if it has none.
+            is_overloaded: Whether more comes than the device can do. Then a queue does not help, as it stays full.
+            waits: Whether the caller would rather wait. It would come back if it were refused, and the device might be
+                idle until then.
+        """
+        limit_s = self.longest_s
+        if limit_s is None and waits:
+            limit_s = math.inf
+        if limit_s is None:
+            stretch = _OVERLOADED_STRETCH if is_overloaded else _STRETCH
+            limit_s = max(_FREE_WAIT_S, stretch * cost_s)
+        return limit_s if remaining_s is None else min(limit_s, remaining_s)
 
 
 def longest_wait_s(ticket: Ticket, call: CallContext) -> float | None:

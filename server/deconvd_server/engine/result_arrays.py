@@ -10,7 +10,7 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.resources.budgets import budgets
 
-__all__ = ["new_result"]
+__all__ = ["idle_result_bytes", "new_result"]
 
 _RESULT_POOL: Final = BufferPool(budgets().pool_bytes)
 
@@ -31,3 +31,8 @@ def new_result(problem: Problem, spec: TensorSpec) -> Array:
             f"the server has no memory left for a result of {spec.nbytes} bytes, for x {problem.x}, "
             f"W {problem.W}, y {problem.y}"
         ) from None
+
+
+def idle_result_bytes() -> int:
+    """Return how much memory is kept for the next results."""
+    return _RESULT_POOL.idle_bytes

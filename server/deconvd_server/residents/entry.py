@@ -20,6 +20,7 @@ from deconvd_server.engine.engine import Engine
 from deconvd_server.residents.lru_queue import LruQueue
 from deconvd_server.residents.quotas import counted_bytes
 from deconvd_server.residents.tenant import Session, Tenant
+from deconvd_server.residents.tier_accounts import TenantAccount, TierAccounts
 from deconvd_server.resources.cache import EntryState
 
 __all__ = ["RETRY_AFTER_S", "MemoryTier", "ResidentEntry"]
@@ -168,30 +169,11 @@ class ResidentEntry:
         self._on_unused(self)
 
 
-class _TenantAccount:
-    """What one tenant has in a tier.
-
-    Attributes:
-        size_bytes: The bytes charged for its tensors here and for the room reserved for it.
-        count: How many tensors it has here.
-        idle: Its tensors that have no users, the least recently used first.
-        resting: Its tensors whose users all rest; first the one whose users have rested for longest.
-    """
-
-    __slots__ = ("count", "idle", "resting", "size_bytes")
-
-    def __init__(self) -> None:
-        self.size_bytes = 0
-        self.count = 0
-        self.idle: LruQueue[ResidentEntry] = LruQueue()
-        self.resting: LruQueue[ResidentEntry] = LruQueue()
-
-
 class MemoryTier:
     """A bounded amount of memory for resident tensors: a device's, or the host's.
 
-    All tenants that have room here, or ask for some, have equal shares of `limit_bytes`. The cost of a
-    method grows with the number of tenants, and of tensors that it yields, not of all tensors here.
+    Tenants have shares of `limit_bytes`: see `TierAccounts`. The cost of a method grows with the number of
+    tenants, and of tensors that it yields, not of all tensors here.
     Bytes are counted in three steps, so that no memory is promised twice:
 
         reserve           --> add --> remove, or cancel_reservation --> note_freed
@@ -214,7 +196,9 @@ class MemoryTier:
         self.lower_tier = lower_tier
         self.used_bytes = 0
         self.evicting_bytes = 0
-        self._accounts: dict[object, _TenantAccount] = {}  # by tenant
+        self._name = "resident tensors" if engine else "resident tensors in host memory"
+        self._count = self._hits_count = self._misses_count = self._evictions_count = 0
+        self._accounts: TierAccounts[ResidentEntry] = TierAccounts(limit_bytes)
 
     @property
     def device_engine(self) -> Engine:
@@ -234,7 +218,9 @@ class MemoryTier:
         """Return how many more bytes must be evicted for them."""
         return self.used_bytes - self.evicting_bytes + size_bytes - self.limit_bytes
 
-    def can_make_room(self, size_bytes: int, tenant: object, is_within_share: bool = False) -> bool:
+    def can_make_room(
+        self, size_bytes: int, tenant: Tenant | None, is_within_share: bool = False
+    ) -> bool:
         """Return whether evicting everything that is `evictable` would make room for that many more bytes."""
         if self.will_fit(size_bytes):
             return True
@@ -245,25 +231,25 @@ class MemoryTier:
         )
         return sum(queue.size_bytes for queue in queues) >= self.lacking_bytes(size_bytes)
 
-    def is_within_share(self, size_bytes: int, tenant: object) -> bool:
+    def is_within_share(self, size_bytes: int, tenant: Tenant | None) -> bool:
         """Return whether a tenant would be within its share with that many more bytes."""
-        return tenant is not None and self._size_bytes(tenant) + size_bytes <= self._share(tenant)
+        return self._accounts.is_within_share(size_bytes, tenant)
 
-    def blocks_share(self, entry: ResidentEntry, tenant: object) -> bool:
+    def blocks_share(self, entry: ResidentEntry, tenant: Tenant | None) -> bool:
         """Return whether a tensor of another tenant is here, and that tenant exceeds its share. Needs no lock."""
-        return (
-            entry.tier is self
-            and entry.tenant is not tenant
-            and self._size_bytes(entry.tenant) > self._share(tenant)
-        )
+        if entry.tier is not self or entry.tenant is tenant:
+            return False
+        account = self._accounts.get(entry.tenant)
+        return account is not None and self._accounts.exceeds_share(account, tenant)
 
     def reserve(self, tenant: Tenant, size_bytes: int) -> None:
         """Charge a tenant for bytes that it is about to use."""
         self.used_bytes += size_bytes
-        self._accounts.setdefault(tenant, _TenantAccount()).size_bytes += size_bytes
+        self._accounts.charge(tenant, size_bytes)
 
     def add(self, entry: ResidentEntry) -> None:
         """Add a tensor, whose bytes were reserved."""
+        self._count += 1
         self._accounts[entry.tenant].count += 1
         self.update_queue(entry)
 
@@ -281,23 +267,23 @@ class MemoryTier:
     def remove(self, entry: ResidentEntry) -> None:
         """Remove a tensor. Its bytes are free once `note_freed` is called."""
         self._move_to_queue(entry, None)
+        self._count -= 1
         self._accounts[entry.tenant].count -= 1
         self.cancel_reservation(entry.tenant, entry.size_bytes)
 
     def cancel_reservation(self, tenant: Tenant, size_bytes: int) -> None:
         """Take back a charge of `reserve`. The bytes are free once `note_freed` is called."""
         self.evicting_bytes += size_bytes
-        account = self._accounts[tenant]
-        account.size_bytes -= size_bytes
-        if not account.size_bytes:
-            del self._accounts[tenant]
+        self._accounts.give_back(tenant, size_bytes)
 
     def note_freed(self, size_bytes: int) -> None:
         """Count bytes as free: their memory has been freed."""
         self.used_bytes -= size_bytes
         self.evicting_bytes -= size_bytes
 
-    def evictable(self, tenant: object, is_within_share: bool = False) -> Iterator[ResidentEntry]:
+    def evictable(
+        self, tenant: Tenant | None, is_within_share: bool = False
+    ) -> Iterator[ResidentEntry]:
         """Yield the tensors that may be evicted for a tenant, the least recently used first.
 
         These are idle tensors: the tenant's own, and those of tenants that exceed their shares. If the
@@ -309,7 +295,6 @@ class MemoryTier:
             tenant: The tenant that needs the room; None for a call without a session.
             is_within_share: Whether the room is within the tenant's share.
         """
-        share_bytes = self._share(tenant)
         own = self._accounts.get(tenant)
         for queues in self._evictable_queues(tenant, is_within_share):
             # a heap of queues by their oldest entry: it merges them without copying any
@@ -323,7 +308,9 @@ class MemoryTier:
                 _, account, queue = heads[0]
                 entry = queue.first
                 # evictions since the last yield may have brought its tenant back within its share
-                if entry is None or (account is not own and account.size_bytes <= share_bytes):
+                if entry is None or not (
+                    account is own or self._accounts.exceeds_share(account, tenant)
+                ):
                     heapq.heappop(heads)
                     continue
                 yield entry
@@ -335,30 +322,58 @@ class MemoryTier:
 
     def least_recently_used(self, tensors_count: int) -> list[ResidentEntry]:
         """Return at most that many idle tensors of all tenants, the least recently used first."""
-        queues = (iter(account.idle) for account in self._accounts.values())
+        queues = (iter(account.idle) for account in self._accounts)
         return list(islice(heapq.merge(*queues, key=lambda entry: entry.used_at), tensors_count))
 
-    def cache_state(self, name: str, tenant: Tenant | None) -> CacheState:
+    def cache_state(self, tenant: Tenant | None) -> CacheState:
         """Return how many tensors and bytes a tenant has here; zeros if it is None."""
-        account = None if tenant is None else self._accounts.get(tenant)
+        account = self._accounts.get(tenant)
         return CacheState(
-            name=name,
+            name=self._name,
             count=0 if account is None else account.count,
             size_bytes=0 if account is None else account.size_bytes,
             limit_bytes=self.limit_bytes,
             hits_count=0 if tenant is None else tenant.hits[self],
             misses_count=0 if tenant is None else tenant.misses[self],
+            evictions_count=0 if tenant is None else tenant.evictions[self],
         )
 
+    def whole_state(self) -> CacheState:
+        """Return the same of all tenants together, of those that are gone, too."""
+        return CacheState(
+            name=self._name,
+            count=self._count,
+            size_bytes=self.used_bytes,
+            limit_bytes=self.limit_bytes,
+            hits_count=self._hits_count,
+            misses_count=self._misses_count,
+            evictions_count=self._evictions_count,
+        )
+
+    def note_hit(self, tenant: Tenant) -> None:
+        """Count a tensor that was here when a call needed it here."""
+        tenant.hits[self] += 1
+        self._hits_count += 1
+
+    def note_miss(self, tenant: Tenant) -> None:
+        """Count a tensor that had to be brought or sent here."""
+        tenant.misses[self] += 1
+        self._misses_count += 1
+
+    def note_eviction(self, tenant: Tenant) -> None:
+        """Count a tensor that had to leave this memory for others."""
+        tenant.evictions[self] += 1
+        self._evictions_count += 1
+
     def _evictable_queues(
-        self, tenant: object, is_within_share: bool
-    ) -> Iterator[list[tuple[_TenantAccount, LruQueue[ResidentEntry]]]]:
+        self, tenant: Tenant | None, is_within_share: bool
+    ) -> Iterator[list[tuple[TenantAccount[ResidentEntry], LruQueue[ResidentEntry]]]]:
         """Yield groups of queues that may be evicted from. The first group is used up before the next."""
-        share_bytes, own = self._share(tenant), self._accounts.get(tenant)
+        own = self._accounts.get(tenant)
         exceeding = [
             account
-            for account in self._accounts.values()
-            if account is not own and account.size_bytes > share_bytes
+            for account in self._accounts
+            if account is not own and self._accounts.exceeds_share(account, tenant)
         ]
         if is_within_share:
             yield [(account, account.idle) for account in exceeding]
@@ -366,13 +381,6 @@ class MemoryTier:
         else:
             candidates = exceeding if own is None else [own, *exceeding]
             yield [(account, account.idle) for account in candidates]
-
-    def _size_bytes(self, tenant: object) -> int:
-        return account.size_bytes if (account := self._accounts.get(tenant)) is not None else 0
-
-    def _share(self, tenant: object) -> int:
-        is_new = tenant is not None and tenant not in self._accounts
-        return self.limit_bytes // max(len(self._accounts) + is_new, 1)
 
     def _move_to_queue(self, entry: ResidentEntry, queue: LruQueue[ResidentEntry] | None) -> None:
         if entry.queue is not None:

@@ -27,7 +27,7 @@ from deconvd_server.residents.elements import read_array
 from deconvd_server.residents.entry import RETRY_AFTER_S, MemoryTier, ResidentEntry
 from deconvd_server.residents.garbage import Garbage, free_operand
 from deconvd_server.residents.quotas import Quotas, counted_bytes
-from deconvd_server.residents.tenant import Tenant
+from deconvd_server.residents.tenant import Tenant, tenant_of
 from deconvd_server.residents.uses import ResidentUses
 
 __all__ = ["Placement"]
@@ -94,11 +94,13 @@ class Placement:
         self._garbage = Garbage(changed, quotas)
         self.sweep = self._garbage.sweep
         self._on_unused = self._garbage.add  # one object, which all tensors share
-        self._tiers: dict[str, MemoryTier] = {}
+        self._tiers: dict[str, MemoryTier] = {}  # by the device's id, or ``host``
         for engine in engines:
             lower = self._host_tier if engine.info.has_own_memory else None
             tier = self._tiers[engine.info.id] = MemoryTier(limit_bytes(engine), engine, lower)
             engine.on_shortage = partial(self._make_room_for_call, tier)
+            if lower is not None:
+                self._tiers["host"] = lower
 
     def make(
         self, tenant: Tenant, spec: TensorSpec, engine: Engine, call: CallContext
@@ -126,9 +128,9 @@ class Placement:
         tier = self._tiers[engine.info.id]
         with self._changed:
             if entry.tier is tier:
-                entry.tenant.hits[tier] += 1
+                tier.note_hit(entry.tenant)
                 return entry.operand
-            entry.tenant.misses[tier] += 1
+            tier.note_miss(entry.tenant)
             # only if no other call uses it: a tensor must not move under another user
             is_restored = entry.tier.engine is None and entry.users_count == 1
             entry.is_moving = is_restored
@@ -148,10 +150,12 @@ class Placement:
         """Return what a tenant has on an engine's device, and of it in host memory; zeros if the tenant is None."""
         tier = self._tiers[engine.info.id]
         with self._changed:
-            states = [tier.cache_state("resident tensors", tenant)]
-            if (lower := tier.lower_tier) is not None:
-                states.append(lower.cache_state("resident tensors in host memory", tenant))
-        return states
+            return [each.cache_state(tenant) for each in (tier, tier.lower_tier) if each]
+
+    def whole_states(self) -> dict[str, CacheState]:
+        """Return what all tenants together have on each device, by its id, and on the ``host`` if it takes any."""
+        with self._changed:
+            return {place: tier.whole_state() for place, tier in self._tiers.items()}
 
     # Making room
 
@@ -236,21 +240,21 @@ class Placement:
 
         A tensor within another tenant's share is only spilled for a call, never dropped.
         """
+        tenant = tenant_of(call)
         while size_bytes > 0:
             call.check()
             with self._changed:
-                tenant = call.tenant
                 victims = chain(tier.evictable(tenant), self._spillable(tier, tenant))
                 first = next(victims, None)
                 if first is None:
                     return
                 moving, freed_bytes = self._start_eviction(
-                    chain([first], victims), size_bytes, for_whom=lambda _: call.tenant
+                    chain([first], victims), size_bytes, for_whom=lambda _: tenant
                 )
             self._finish_eviction(moving)
             size_bytes -= freed_bytes
 
-    def _spillable(self, tier: MemoryTier, tenant: object) -> Iterator[ResidentEntry]:
+    def _spillable(self, tier: MemoryTier, tenant: Tenant | None) -> Iterator[ResidentEntry]:
         """Yield a few idle tensors that host memory can take, after it drops what it may for a tenant."""
         lower = tier.lower_tier
         if lower is not None:
@@ -266,7 +270,7 @@ class Placement:
         size_bytes: int,
         *,
         bytes_of: Callable[[ResidentEntry], int] = lambda entry: entry.spec.nbytes,
-        for_whom: Callable[[ResidentEntry], object] = lambda entry: entry.tenant,
+        for_whom: Callable[[ResidentEntry], Tenant | None] = lambda entry: entry.tenant,
     ) -> tuple[ResidentEntry | None, int]:
         """Take one step to evict tensors: drop a batch of them, or start to spill one. The caller holds the lock.
 
@@ -284,6 +288,7 @@ class Placement:
             outcome = self._decide_eviction(entry, for_whom(entry))
             if outcome is _EvictionOutcome.UNDECIDED:
                 break
+            entry.tier.note_eviction(entry.tenant)
             freed_bytes += bytes_of(entry)
             if outcome is _EvictionOutcome.SPILLED:
                 return entry, freed_bytes
@@ -292,7 +297,7 @@ class Placement:
                 break
         return None, freed_bytes
 
-    def _decide_eviction(self, entry: ResidentEntry, tenant: object) -> _EvictionOutcome:
+    def _decide_eviction(self, entry: ResidentEntry, tenant: Tenant | None) -> _EvictionOutcome:
         """Decide, with the lock held, whether a tensor is spilled or dropped; mark it as moving if it is spilled."""
         lower = entry.tier.lower_tier
         if lower is None or not entry.is_live or not lower.can_make_room(entry.size_bytes, tenant):
@@ -300,6 +305,7 @@ class Placement:
         for victim in islice(lower.evictable(tenant), _BATCH_COUNT):
             if lower.will_fit(entry.size_bytes):
                 break
+            lower.note_eviction(victim.tenant)
             self.drop(victim)
         if not lower.will_fit(entry.size_bytes):
             return _EvictionOutcome.UNDECIDED

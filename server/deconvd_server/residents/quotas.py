@@ -1,4 +1,4 @@
-"""How many bytes a resident tensor is charged for, and how much of its quota each tenant uses.
+"""How many bytes a resident tensor is charged for, and how much of its quota each owner of tenants uses.
 
 No I/O and no locks: the registry's lock guards it.
 """
@@ -6,6 +6,7 @@ No I/O and no locks: the registry's lock guards it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from typing import Final
 
 from deconvd.model.problem import TensorSpec
@@ -37,24 +38,52 @@ def names_limit(spec: TensorSpec) -> int:
 
 
 class Quotas:
-    """How many bytes of its quota each tenant uses, on all devices and in host memory."""
+    """How many bytes of its quota each owner of tenants uses, on all devices and in host memory. See `Tenant.owner`.
+
+    The tenants of one owner have equal parts of its quota, in this sense: one that uses more gives way to one that
+    needs room, as far as its tensors can be sent again.
+    """
 
     def __init__(self) -> None:
-        self._used_bytes: Counter[Tenant] = Counter()
+        self._used_bytes: Counter[Hashable] = Counter()  # by owner
+        self._tenants: dict[Hashable, Counter[Tenant]] = {}  # what each tenant of an owner uses
 
     def used_bytes(self, tenant: Tenant) -> int:
-        return self._used_bytes[tenant]
+        """Return how much of its quota a tenant's owner uses."""
+        return self._used_bytes[tenant.owner]
 
     def have_room(self, tenant: Tenant, size_bytes: int) -> bool:
-        """Return whether a tenant's quota has room for that many more bytes."""
-        return self._used_bytes[tenant] + size_bytes <= tenant.quota_bytes
+        """Return whether the quota of a tenant's owner has room for that many more bytes."""
+        return self._used_bytes[tenant.owner] + size_bytes <= tenant.quota_bytes
+
+    def is_within_part(self, tenant: Tenant, size_bytes: int) -> bool:
+        """Return whether a tenant would be within its part with that many more bytes."""
+        return self._tenants_like(tenant)[tenant] + size_bytes <= self._part(tenant)
+
+    def exceeds_part(self, other: Tenant, tenant: Tenant) -> bool:
+        """Return whether another tenant of the same owner uses more than its part, as a tenant sees that needs room."""
+        return self._tenants_like(tenant)[other] > self._part(tenant)
 
     def take(self, tenant: Tenant, size_bytes: int) -> None:
-        """Charge bytes to a tenant's quota."""
-        self._used_bytes[tenant] += size_bytes
+        """Charge bytes to the quota of a tenant's owner."""
+        self._used_bytes[tenant.owner] += size_bytes
+        self._tenants.setdefault(tenant.owner, Counter())[tenant] += size_bytes
 
     def give_back(self, tenant: Tenant, size_bytes: int) -> None:
         """Take back a charge."""
-        self._used_bytes[tenant] -= size_bytes
-        if not self._used_bytes[tenant]:
-            del self._used_bytes[tenant]
+        owner = tenant.owner
+        tenants = self._tenants[owner]
+        self._used_bytes[owner] -= size_bytes
+        tenants[tenant] -= size_bytes
+        if not tenants[tenant]:
+            del tenants[tenant]
+        if not tenants:
+            del self._used_bytes[owner], self._tenants[owner]
+
+    def _tenants_like(self, tenant: Tenant) -> Counter[Tenant]:
+        """Return what each tenant of a tenant's owner uses."""
+        return self._tenants.get(tenant.owner, Counter())
+
+    def _part(self, tenant: Tenant) -> int:
+        tenants = self._tenants_like(tenant)
+        return tenant.quota_bytes // (len(tenants) + (tenant not in tenants))

@@ -123,7 +123,7 @@ class ResidentRegistry:
                     f"a tensor of {entry.spec.nbytes} bytes may have at most {names_limit(entry.spec)} handles at "
                     "once: drop some of them"
                 )
-            self._names.put(name, entry)
+            self._names.put(name, entry, entry.tenant)
             self._names_by_session.setdefault(session, set()).add(name)
             session.place.is_idle = False
             entry.names[name] = session
@@ -142,14 +142,14 @@ class ResidentRegistry:
             if content_key not in contents:
                 contents[content_key] = entry
                 entry.content_key = content_key
-                session.tenant.misses[entry.tier] += 1
+                entry.tier.note_miss(session.tenant)
 
     def drop(self, session: Session, names: Iterable[bytes]) -> None:
         """Remove names of a session. Names that it does not have are ignored."""
         for batch in _batches(names):
             with self._changed:
                 for name in self._names_by_session.get(session, set()).intersection(batch):
-                    self._drop_name(name)
+                    self._drop_name(name, session.tenant)
             self._placement.sweep()
 
     def end_session(self, session: Session, is_last: bool) -> None:
@@ -183,8 +183,7 @@ class ResidentRegistry:
         """
 
         def find() -> ResidentEntry | None:
-            entry = self._names.get(name)
-            return entry if entry is not None and entry.tenant is session.tenant else None
+            return self._names.get(name, session.tenant)
 
         entry = self._acquire(find, call)
         if entry is None:
@@ -245,6 +244,10 @@ class ResidentRegistry:
         """Return what a tenant has on an engine's device, and of it in host memory; zeros if the tenant is None."""
         return self._placement.cache_states(engine, tenant)
 
+    def whole_states(self) -> dict[str, CacheState]:
+        """Return what all tenants together have on each device, by its id, and on the ``host`` if it takes any."""
+        return self._placement.whole_states()
+
     def _acquire(
         self, find: Callable[[], ResidentEntry | None], call: CallContext
     ) -> ResidentEntry | None:
@@ -264,7 +267,8 @@ class ResidentRegistry:
         """Charge bytes to the quota of a session's tenant.
 
         If the quota is full, tensors that have a content but no name are dropped, the least recently used
-        first: the client can send those again.
+        first: the client can send those again. These are the tenant's own, and those of tenants of the same
+        identity that use more than their part of its quota.
         """
         tenant = session.tenant
         contents: Iterator[ResidentEntry] | None = None
@@ -275,7 +279,7 @@ class ResidentRegistry:
                     self._quotas.take(tenant, size_bytes)
                     return
                 if contents is None:
-                    contents = iter(self._contents_of(tenant))
+                    contents = iter(self._droppable_for(tenant, size_bytes))
                 batch = tuple(islice(contents, _BATCH_COUNT))
                 if not batch or size_bytes > tenant.quota_bytes:
                     raise ExhaustedError(
@@ -285,9 +289,32 @@ class ResidentRegistry:
                 for entry in batch:
                     if self._quotas.have_room(tenant, size_bytes):
                         break
+                    if entry.tenant is not tenant and not self._quotas.exceeds_part(
+                        entry.tenant, tenant
+                    ):
+                        continue
                     if entry.is_idle and not entry.names:
+                        entry.tier.note_eviction(tenant)
                         self._placement.drop(entry)
             self._placement.sweep()
+
+    def _droppable_for(self, tenant: Tenant, size_bytes: int) -> Sequence[ResidentEntry]:
+        """Return the tensors with a content that may make room in the quota of a tenant, in this order.
+
+        A tenant that stays within its part of the quota keeps its own as long as it can.
+        """
+        own = self._contents_of(tenant)
+        if not tenant.identity:
+            return own
+        siblings = [
+            other
+            for other in self._contents
+            if other.identity == tenant.identity and other is not tenant
+        ]
+        theirs = [entry for other in siblings for entry in self._contents_of(other)]
+        if self._quotas.is_within_part(tenant, size_bytes):
+            return [*theirs, *own]
+        return [*own, *theirs]
 
     def _contents_of(self, tenant: Tenant) -> tuple[ResidentEntry, ...]:
         """Return the tensors of a tenant that have a content, the least recently found first."""
@@ -296,11 +323,11 @@ class ResidentRegistry:
     def _forget(self, entry: ResidentEntry) -> None:
         """Remove all names of a tensor, and its content."""
         for name in tuple(entry.names):
-            self._forget_name(name)
+            self._forget_name(name, entry.tenant)
         self._forget_content(entry)
 
-    def _forget_name(self, name: bytes) -> ResidentEntry:
-        entry = self._names.pop(name)
+    def _forget_name(self, name: bytes, tenant: Tenant) -> ResidentEntry:
+        entry = self._names.pop(name, tenant)
         session = entry.names.pop(name)
         names = self._names_by_session[session]
         names.remove(name)
@@ -312,8 +339,8 @@ class ResidentRegistry:
             del self._contents[entry.tenant][entry.content_key]
             entry.content_key = None
 
-    def _drop_name(self, name: bytes) -> None:
-        _retire_if_unnamed(self._forget_name(name))
+    def _drop_name(self, name: bytes, tenant: Tenant) -> None:
+        _retire_if_unnamed(self._forget_name(name, tenant))
 
 
 class _RestScope(AbstractContextManager[None]):

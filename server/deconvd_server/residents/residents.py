@@ -70,8 +70,11 @@ class Residents:
         self._reaper = Reaper(self.sessions, session_limits.grace_s)
 
     def join(self, name: bytes, call: CallContext) -> Session:
-        """Return the session that has a name, and let a call act for its tenant. Raises as `Sessions.get`."""
-        session = self.sessions.get(name)
+        """Return the session of a call's identity that has a name, and let the call act for its tenant.
+
+        Raises as `Sessions.get`.
+        """
+        session = self.sessions.get(name, call.identity)
         call.tenant = session.tenant
         return session
 

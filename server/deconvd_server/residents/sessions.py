@@ -92,16 +92,24 @@ class Sessions:
         self._counts: Counter[Tenant] = Counter()  # of sessions that have not ended
         self._is_draining = False
 
-    def open(self, tenant_key: bytes, close_stream: Callable[[], None], peer: str = "") -> Session:
+    def open(
+        self,
+        tenant_key: bytes,
+        close_stream: Callable[[], None],
+        peer: str = "",
+        identity: str = "",
+    ) -> Session:
         """Return a new session. If there are too many, another one is preempted, and its client loses it.
 
         That is a session in which no tensor has a name, or else, of the peer that has most sessions, the
         one whose heartbeat is oldest. See `FairShares`.
 
         Args:
-            tenant_key: Clients that send the same key are one tenant; with an empty key the session is its own tenant.
+            tenant_key: Clients of one identity that send the same key are one tenant. With an empty key and without an
+                identity the session is its own tenant.
             close_stream: Closes the stream that holds the session.
             peer: Key of the client's peer, which its sessions are counted by.
+            identity: The name that the client has proved; empty for none.
 
         Raises:
             InvalidArgumentError: The key is too long.
@@ -111,14 +119,21 @@ class Sessions:
         with self._lock:  # held throughout: `session` must be set before it can be preempted
             self._check_not_draining()
             place = self._shares.take(peer, lambda: self._preempt(session))
-            session = self._add(tenant_key, close_stream, place)
+            session = self._add(identity, tenant_key, close_stream, place)
         return session
 
-    def resume(self, name: bytes, tenant_key: bytes, close_stream: Callable[[], None]) -> Session:
+    def resume(
+        self,
+        name: bytes,
+        tenant_key: bytes,
+        close_stream: Callable[[], None],
+        identity: str = "",
+    ) -> Session:
         """Return a session, which another stream holds from now on. The stream that held it is closed.
 
         Args:
             tenant_key: The key that the session was opened with. With another key it is not found.
+            identity: The client's identity when it opened the session. With another one it is not found.
 
         Raises:
             InvalidArgumentError: As `get` and `open`.
@@ -129,28 +144,28 @@ class Sessions:
         _check_tenant_key(tenant_key)
         with self._lock:
             self._check_not_draining()
-            session = self._find(name, tenant_key)
+            session = self._find(name, identity, tenant_key)
             superseded, session.close_stream = session.close_stream, close_stream
             session.state = SessionState.OPEN
             session.deadline_s = self._lease_end_s()
         superseded()
         return session
 
-    def get(self, name: bytes) -> Session:
-        """Return the session that has a name.
+    def get(self, name: bytes, identity: str = "") -> Session:
+        """Return the session of an identity that has a name.
 
         Raises:
             InvalidArgumentError: The name has the wrong length.
-            LostSessionError: No open session has that name.
+            LostSessionError: No open session of that identity has that name.
         """
         _check_name(name)
         with self._lock:
-            return self._find(name)
+            return self._find(name, identity)
 
-    def tenant(self, name: bytes) -> Tenant | None:
-        """Return the tenant of the session that has a name; None if there is no such session."""
+    def tenant(self, name: bytes, identity: str = "") -> Tenant | None:
+        """Return the tenant of the session of an identity that has a name; None if there is no such session."""
         with self._lock:
-            session = self._sessions.get(name)
+            session = self._sessions.get(name, identity)
         return None if session is None else session.tenant
 
     def heartbeat(self, session: Session) -> None:
@@ -219,14 +234,14 @@ class Sessions:
             return len(self._sessions)
 
     def _add(
-        self, tenant_key: bytes, close_stream: Callable[[], None], place: PeerPlace
+        self, identity: str, tenant_key: bytes, close_stream: Callable[[], None], place: PeerPlace
     ) -> Session:
         """Return a new session. The caller holds the lock."""
         place.is_idle = True
-        tenant = self._find_or_add_tenant(tenant_key)
+        tenant = self._find_or_add_tenant(identity, tenant_key)
         session = Session(new_name(), tenant, close_stream, self._lease_end_s(), place)
         self._counts[tenant] += 1
-        self._sessions.put(session.name, session)
+        self._sessions.put(session.name, session, identity)
         return session
 
     def _preempt(self, session: Session) -> None:
@@ -243,37 +258,39 @@ class Sessions:
                 retry_after_s=_RETRY_AFTER_S,
             )
 
-    def _find(self, name: bytes, tenant_key: bytes | None = None) -> Session:
-        """Return the session that has a name and, if given, that tenant key. The caller holds the lock."""
-        session = self._sessions.get(name)
+    def _find(self, name: bytes, identity: str, tenant_key: bytes | None = None) -> Session:
+        """Return the session of an identity that has a name and, if given, that tenant key. With the lock held."""
+        session = self._sessions.get(name, identity)
         key = b"" if session is None else session.tenant.key
-        if session is None or (tenant_key is not None and not is_same_secret(key, tenant_key)):
+        # compared even if there is no session: the answer takes the same time
+        has_key = tenant_key is None or is_same_secret(key, tenant_key)
+        if session is None or not has_key:
             raise LostSessionError(
                 "session must be one that is open on this server, and the one named is unknown or has ended",
                 argument="session",
             )
         return session
 
-    def _find_or_add_tenant(self, key: bytes) -> Tenant:
-        tenant = self._tenants.get(key) if key else None
+    def _find_or_add_tenant(self, identity: str, key: bytes) -> Tenant:
+        tenant = self._tenants.get(key, identity) if key or identity else None
         if tenant is None:
-            tenant = Tenant(self._limits.tenant_bytes, key)
-            if key:
-                self._tenants.put(key, tenant)
+            tenant = Tenant(self._limits.tenant_bytes, key, identity)
+            if key or identity:
+                self._tenants.put(key, tenant, identity)
         return tenant
 
     def _end(self, session: Session) -> bool:
         """Mark a session as ended, and return whether it was its tenant's last. The caller holds the lock."""
         session.state = SessionState.ENDED
-        self._sessions.pop(session.name)
-        session.place.free()
         tenant = session.tenant
+        self._sessions.pop(session.name, tenant.identity)
+        session.place.free()
         self._counts[tenant] -= 1
         if self._counts[tenant]:
             return False
         del self._counts[tenant]
-        if tenant.key:
-            self._tenants.pop(tenant.key)
+        if tenant.key or tenant.identity:
+            self._tenants.pop(tenant.key, tenant.identity)
         return True
 
     def _lease_end_s(self) -> float:

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from deconvd_server.call.context import CallContext
 from deconvd_server.resources.fair_shares import PeerPlace
 
-__all__ = ["Session", "SessionState", "Tenant"]
+__all__ = ["Session", "SessionState", "Tenant", "tenant_of"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tenant:
-    """Clients that share a secret key, and with it a quota and their resident tensors.
+    """Clients that share their resident tensors: those of one identity that send the same secret key.
 
     Attributes:
-        quota_bytes: How many bytes its resident tensors may be charged for.
-        key: The secret key that its clients send; empty if the tenant has one session alone.
+        quota_bytes: How many bytes the resident tensors of its owner may be charged for.
+        key: The secret key that its clients send. Without a key, clients with an identity are one tenant, and each
+            session without an identity is a tenant of its own.
+        identity: The name that its clients have proved; empty for none.
         hits: How often one of its tensors was in the memory where a call needed it, by memory tier.
         misses: How often a tensor had to be brought or sent there, by memory tier.
+        evictions: How often one of its tensors had to leave a memory for others, by memory tier.
     """
 
     quota_bytes: int
     key: bytes = b""
+    identity: str = ""
     hits: Counter[object] = field(default_factory=Counter)
     misses: Counter[object] = field(default_factory=Counter)
+    evictions: Counter[object] = field(default_factory=Counter)
+
+    @property
+    def owner(self) -> Hashable:
+        """Whose quota and whose shares of memory it uses: those of its identity, or its own if it has none.
+
+        All tenants of one identity have one owner, so that an identity gets no more by using several keys.
+        """
+        return self.identity or self
 
 
 class SessionState(StrEnum):
@@ -59,3 +73,8 @@ class Session:
     deadline_s: float
     place: PeerPlace
     state: SessionState = SessionState.OPEN
+
+
+def tenant_of(call: CallContext) -> Tenant | None:
+    """Return the tenant for whom a call is; None for a call without a session."""
+    return call.tenant if isinstance(call.tenant, Tenant) else None

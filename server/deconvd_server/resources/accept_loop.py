@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import select
 import socket
@@ -65,6 +66,8 @@ class Listener:
         self._restore_due_s = time.monotonic() + _RESTORE_PERIOD_S
         self._actions: dict[int, _Action] = {}  # by descriptor
         self._pending: deque[_Action] = deque()
+        self._timers: list[tuple[float, int, _Action]] = []  # a heap, by the time when they are due
+        self._timers_count = 0  # of all time, which orders those that are due at the same time
         self._events = select.epoll()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         for wake in (self._wake_receiver, self._wake_sender):
@@ -84,8 +87,14 @@ class Listener:
             self._stop_listening()
 
     def watch(self, descriptor: int, action: _Action, events: int = select.EPOLLIN) -> None:
-        """Call `action` whenever there are events on a descriptor. Only the thread that calls `run` may call this."""
-        self._events.register(descriptor, events)
+        """Call `action` whenever there are events on a descriptor, and no other action.
+
+        Only the thread that calls `run` may call this.
+        """
+        if descriptor in self._actions:
+            self._events.modify(descriptor, events)
+        else:
+            self._events.register(descriptor, events)
         self._actions[descriptor] = action
 
     def unwatch(self, descriptor: int) -> None:
@@ -99,6 +108,24 @@ class Listener:
         self._pending.append(action)
         with suppress(OSError):  # full: then the thread wakes anyway; or closed
             self._wake_sender.send(b"\0")
+
+    def call_later(self, delay_s: float, action: _Action) -> None:
+        """Call `action` in `delay_s` seconds. Only the thread that calls `run` may call this, or one before it runs."""
+        self._timers_count += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timers_count, action))
+
+    def pause(self, error: Exception) -> None:
+        """Accept nothing for a moment. The log says why, but only once: the shortage may last.
+
+        Only the thread that calls `run` may call this.
+        """
+        if not self._is_short:
+            _log.warning("%s are not accepted for now: %s", self._peers, error)
+        self._is_short = True
+        self._resume_due_s = time.monotonic() + _PAUSE_S
+        for descriptor in self._sockets:
+            with suppress(FileNotFoundError):  # paused already
+                self._events.unregister(descriptor)
 
     def withdraw(self) -> None:
         """Accept no more connections, and remove the sockets' files, so that a successor can have their paths."""
@@ -119,6 +146,8 @@ class Listener:
 
     def _run_once(self) -> None:
         until_s = min(self._restore_due_s, self._resume_due_s or self._restore_due_s)
+        if self._timers:
+            until_s = min(until_s, self._timers[0][0])
         ready = [fd for fd, _ in self._events.poll(max(until_s - time.monotonic(), 0))]
         # first the events of open connections: one may end and be closed, and a new connection, accepted
         # after it, may get the same descriptor
@@ -129,6 +158,8 @@ class Listener:
             if (listener_socket := self._sockets.get(descriptor)) is not None:
                 self._accept(listener_socket)
         now_s = time.monotonic()
+        while self._timers and self._timers[0][0] <= now_s:
+            heapq.heappop(self._timers)[2]()
         if now_s >= self._restore_due_s:
             self._restore_sockets(now_s)
         if self._resume_due_s is not None and now_s >= self._resume_due_s:
@@ -146,29 +177,19 @@ class Listener:
         except BlockingIOError:  # the client has disconnected already
             return
         except OSError as error:
-            self._pause(error)
+            self.pause(error)
             return
         try:
             self._on_connection(connection, address)
         except (OSError, RuntimeError, MemoryError) as error:
             self.unwatch(connection.fileno())
             connection.close()
-            self._pause(error)
+            self.pause(error)
         except BaseException:
             connection.close()
             raise
         else:
             self._is_short = False
-
-    def _pause(self, error: Exception) -> None:
-        """Accept nothing for a moment. The log says why, but only once: the shortage may last."""
-        if not self._is_short:
-            _log.warning("%s are not accepted for now: %s", self._peers, error)
-        self._is_short = True
-        self._resume_due_s = time.monotonic() + _PAUSE_S
-        for descriptor in self._sockets:
-            with suppress(FileNotFoundError):  # paused already
-                self._events.unregister(descriptor)
 
     def _listen(self) -> None:
         self._resume_due_s = None

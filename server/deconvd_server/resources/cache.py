@@ -102,12 +102,14 @@ class CacheStats:
         size_bytes: Their total size.
         hits_count: Leases that found a live resource.
         misses_count: Leases that built one, or waited for another thread's build.
+        evictions_count: Resources that were retired to make room for others.
     """
 
     count: int
     size_bytes: int
     hits_count: int
     misses_count: int
+    evictions_count: int
 
 
 class Cache(Generic[K, V]):
@@ -130,6 +132,7 @@ class Cache(Generic[K, V]):
         self._size_bytes = 0
         self._hits_count = 0
         self._misses_count = 0
+        self._evictions_count = 0
         self._closed = False
 
     @contextmanager
@@ -176,7 +179,11 @@ class Cache(Generic[K, V]):
         """Its size and its hits and misses now."""
         with self._lock:
             return CacheStats(
-                len(self._entries), self._size_bytes, self._hits_count, self._misses_count
+                len(self._entries),
+                self._size_bytes,
+                self._hits_count,
+                self._misses_count,
+                self._evictions_count,
             )
 
     def _acquire(
@@ -266,6 +273,7 @@ class Cache(Generic[K, V]):
         self._size_bytes += resource.size_bytes
         while self._entries and (self._closed or self._size_bytes > self._limit_bytes):
             self._retire(*next(iter(self._entries.items())))
+            self._evictions_count += not self._closed
         return entry
 
     def _release(self, entry: CacheEntry[V]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
 __all__ = ["NAME_BYTES", "CapabilityTable", "is_same_secret", "new_name"]
@@ -25,25 +26,26 @@ def is_same_secret(secret: bytes, other: bytes) -> bool:
 
 
 class CapabilityTable(Generic[_V]):
-    """Values by secret name. Not thread-safe.
+    """Values by secret name and by owner. Not thread-safe.
 
-    The keys are digests of the names: so the time of a look-up reveals nothing about the names.
+    The keys are digests of the names: so the time of a look-up reveals nothing about the names. An owner's name is
+    unknown to every other owner: that look-up fails in the same way as for a name that nobody has.
     """
 
     def __init__(self) -> None:
-        self._values: dict[bytes, _V] = {}
+        self._values: dict[tuple[Hashable, bytes], _V] = {}
 
-    def put(self, name: bytes, value: _V) -> None:
-        """Let a new name stand for a value."""
-        self._values[_digest(name)] = value
+    def put(self, name: bytes, value: _V, owner: Hashable = None) -> None:
+        """Let a new name of an owner stand for a value."""
+        self._values[owner, _digest(name)] = value
 
-    def get(self, name: bytes) -> _V | None:
-        """Return the value of a name; None if the name is unknown."""
-        return self._values.get(_digest(name))
+    def get(self, name: bytes, owner: Hashable = None) -> _V | None:
+        """Return the value of an owner's name; None if the owner has no such name."""
+        return self._values.get((owner, _digest(name)))
 
-    def pop(self, name: bytes) -> _V:
-        """Remove a name, and return its value. Raises KeyError if the name is unknown."""
-        return self._values.pop(_digest(name))
+    def pop(self, name: bytes, owner: Hashable = None) -> _V:
+        """Remove an owner's name, and return its value. Raises KeyError if the owner has no such name."""
+        return self._values.pop((owner, _digest(name)))
 
     def values(self) -> list[_V]:
         """Return all values, in the order in which they were put."""

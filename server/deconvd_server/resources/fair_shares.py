@@ -71,9 +71,17 @@ class FairShares:
         places_count: How many places there are. At most as many again may be preempted, but not freed yet.
         reserved_count: How many places are reserved for peers that have none.
         plural_noun: What the places are for, for errors.
+        log_level: Of the line in the log for each place that is preempted: low where strangers may cause many.
     """
 
-    def __init__(self, places_count: int, reserved_count: int, plural_noun: str) -> None:
+    def __init__(
+        self,
+        places_count: int,
+        reserved_count: int,
+        plural_noun: str,
+        log_level: int = logging.INFO,
+    ) -> None:
+        self._log_level = log_level
         self._places_count = places_count
         self._reserved_count = reserved_count
         self._plural_noun = plural_noun
@@ -107,8 +115,12 @@ class FairShares:
             self._places.setdefault(peer, {})[place] = None
             self._taken_count += 1
         if preempted is not None:
-            _log.info(
-                "preempting one of the %s of %s for %s", self._plural_noun, preempted.peer, peer
+            _log.log(
+                self._log_level,
+                "preempting one of the %s of %s for %s",
+                self._plural_noun,
+                preempted.peer,
+                peer,
             )
             try:
                 preempted.preempt()

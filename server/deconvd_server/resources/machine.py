@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-__all__ = ["memory_bytes", "processors_count"]
+__all__ = ["memory_bytes", "processors_count", "used_bytes"]
 
 _ROOT: Final = Path("/")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
@@ -28,6 +29,12 @@ def memory_bytes(root: Path = _ROOT) -> int:
     """
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([host_bytes, *_limits(root, "memory", _memory_limits)])
+
+
+def used_bytes() -> int:
+    """Return how much memory this process has in use, without files and shared memory."""
+    resident_pages, shared_pages = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident_pages) - int(shared_pages)) * mmap.PAGESIZE
 
 
 def processors_count(root: Path = _ROOT) -> int:

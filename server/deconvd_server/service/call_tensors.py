@@ -13,6 +13,7 @@ from deconvd.errors import (
     ExhaustedError,
     InvalidArgumentError,
     UnavailableError,
+    UnimplementedError,
 )
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
@@ -62,6 +63,7 @@ class CallTensors:
 
     Raises:
         LostSessionError: The request needs a session, and does not name one that exists.
+        UnimplementedError: The request wants wide sums, which a device does not compute.
     """
 
     def __init__(
@@ -73,10 +75,13 @@ class CallTensors:
         call: CallContext,
     ) -> None:
         self.parsed = parsed
+        call.problem, call.waits = parsed.problem, parsed.waits
         self.brought_bytes = 0
         self._request = request
         self._call = call
         self._engines = residents.engines
+        if parsed.has_wide_sums and not self._engines.have_wide_sums:
+            raise UnimplementedError("a device of this server has no wide_sums: leave them out")
         self._lender = lender
         self._shared: SharedTensors | None = None
         self._residents: CallResidents | None = None
@@ -107,6 +112,7 @@ class CallTensors:
         self.brought_bytes = sum(map(len, request.raw.values()))
         if self.parsed.shared_slices:
             self._take_shared(request)
+        self._call.received_bytes = self.brought_bytes + self.parsed.shared_operands_bytes
         for field, spec in self.parsed.operands.items():
             if field in self.parsed.shared_slices:
                 continue
@@ -121,7 +127,8 @@ class CallTensors:
     def _take_shared(self, request: Envelope[Message]) -> None:
         """Find the operands that are in shared memory, and the places there for results."""
         operands, results = self.parsed.operands, self.parsed.results
-        self._shared = shared = SharedTensors(self._lender)
+        self._shared = shared = SharedTensors(self._lender, self._call.identity)
+        self._call.transport = "shared_memory"
         for field, shared_slice in self.parsed.shared_slices.items():
             if field in operands:
                 self._operands[field] = shared.operand(
@@ -294,6 +301,7 @@ class CallTensors:
 
     def answer(self, sent: Mapping[str, Array]) -> Envelope[Message]:
         """Commit, and return the response with the elements of the results in it."""
+        self._call.sent_bytes = self.parsed.leaving_bytes
         message = self.parsed.response
         if self._residents is not None:
             self._residents.commit()

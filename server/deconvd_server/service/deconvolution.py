@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -14,15 +14,16 @@ from deconvd.model.operation import OPERATIONS, Operation
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.cache_state import CacheState
 from deconvd.wire.codec import Envelope
-from deconvd.wire.messages import messages_for
+from deconvd.wire.messages import USE_CUDNN_TENSOR_CORE, WIDE_SUMS, messages_for
 from deconvd.wire.packed_elements import PACKED_ELEMENTS
+from deconvd.wire.server_counts import ServerCounts
 from deconvd.wire.tensor import element_type_number
 from deconvd_server.call.context import CallContext
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents import Residents
 from deconvd_server.service.call_tensors import CallTensors
 from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
-from deconvd_server.service.parsed_request import parse_request
+from deconvd_server.service.parsed_request import note_telemetry, parse_request
 from deconvd_server.service.resident_methods import ResidentMethods
 from deconvd_server.service.sliced_stream import StreamingOperations
 from deconvd_server.service.stream_admission import StreamAdmission
@@ -31,7 +32,7 @@ from deconvd_server.shared_memory import Lender
 
 __all__ = ["DeconvolutionService"]
 
-_FEATURES = ("resident_tensors", PACKED_ELEMENTS)
+_FEATURES = ("resident_tensors", PACKED_ELEMENTS, USE_CUDNN_TENSOR_CORE)
 
 
 class DeconvolutionService:
@@ -41,6 +42,7 @@ class DeconvolutionService:
         residents: The engines, and the residents on their devices.
         lender: Lends memory to clients on this host; None if the server lends none.
         endpoints: The instance id, sockets and port that GetServerInfo returns.
+        counts: Returns what the server has done for an identity, or for all if it is empty, and what it has in use.
         max_message_bytes: The largest request and the largest response.
         streams: Admits streams: their places, and their host memory.
         executor: Computes the slices of streams. It has a thread for each slice that may be in flight.
@@ -51,6 +53,7 @@ class DeconvolutionService:
         residents: Residents,
         lender: Lender | None,
         endpoints: pb.GetServerInfoResponse,
+        counts: Callable[[str], ServerCounts],
         *,
         max_message_bytes: int,
         streams: StreamAdmission,
@@ -59,6 +62,7 @@ class DeconvolutionService:
         self._residents = residents
         self._lender = lender
         self._endpoints = endpoints
+        self._counts = counts
         self._max_message_bytes = max_message_bytes
         self._resident_calls = ResidentMethods(residents, lender, streams)
         self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
@@ -87,6 +91,8 @@ class DeconvolutionService:
         self, operation: Operation, request: Envelope[Message], call: CallContext
     ) -> Envelope[Message]:
         """Serve an operation's RPC."""
+        if request.message.HasField("telemetry"):
+            note_telemetry(request.message, call)
         parsed = parse_request(operation, request.message, request.data)
         with CallTensors(
             request.message, parsed, self._lender, self._residents, call
@@ -107,11 +113,11 @@ class DeconvolutionService:
             return call_tensors.answer(sent)
 
     def get_server_info(
-        self, request: Envelope[pb.GetServerInfoRequest], _call: CallContext
+        self, request: Envelope[pb.GetServerInfoRequest], call: CallContext
     ) -> Envelope[pb.GetServerInfoResponse]:
         """Serve GetServerInfo."""
         residents = self._residents
-        tenant = residents.sessions.tenant(request.message.session)
+        tenant = residents.sessions.tenant(request.message.session, call.identity)
         info = pb.GetServerInfoResponse(
             version=deconvd.__version__,
             devices=[
@@ -120,7 +126,8 @@ class DeconvolutionService:
             ],
             element_types=[element_type_number(dtype) for dtype in ELEMENT_TYPES],
             limits=pb.Limits(message_bytes=self._max_message_bytes),
-            features=_FEATURES,
+            features=(*_FEATURES, WIDE_SUMS) if residents.engines.have_wide_sums else _FEATURES,
+            counts=self._counts(call.identity).to_message(),
         )
         info.MergeFrom(self._endpoints)
         return Envelope(info, {})
@@ -137,5 +144,6 @@ def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:
         used_bytes=load.used_bytes,
         running_calls_count=load.running_count,
         waiting_calls_count=load.waiting_count,
+        busy_us=engine.busy_us,
         caches=[cache.to_message() for cache in (*engine.caches, *kept)],
     )

@@ -29,6 +29,7 @@ __all__ = [
     "SessionHandler",
     "SessionMethod",
     "UnaryMethod",
+    "idle_operand_bytes",
 ]
 
 Parts: TypeAlias = Generator[Part, None, None]
@@ -39,6 +40,11 @@ _OPERAND_POOL: Final = BufferPool(budgets().pool_bytes, smallest_bytes=LARGE_BYT
 
 Streams for a device with memory of its own read into that device's host arrays instead.
 """
+
+
+def idle_operand_bytes() -> int:
+    """Return how much memory is kept for the next operands of streams."""
+    return _OPERAND_POOL.idle_bytes
 
 
 class OverlappedRequest(Envelope[Any]):

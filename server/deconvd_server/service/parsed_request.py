@@ -22,11 +22,13 @@ from deconvd.wire.messages import geometry_from_message, messages_for, options_f
 from deconvd.wire.shared_slice import SharedSlice
 from deconvd.wire.slice_sizes import MAX_SLICE_BYTES
 from deconvd.wire.tensor import message_from_spec, spec_from_message
+from deconvd_server.call.context import CallContext
 
 __all__ = [
     "SLICES_IN_FLIGHT",
     "ParsedRequest",
     "SlicedRequest",
+    "note_telemetry",
     "parse_request",
     "parse_stream_header",
 ]
@@ -40,6 +42,9 @@ _CACHED_REQUESTS_COUNT: Final = 2048
 _LARGEST_CACHED_BYTES: Final = 1024
 """More than an honest request takes without its elements. A longer one is parsed each time, so that no client can fill
 the cache with large ones."""
+
+_TELEMETRY: Final = "telemetry"
+"""The field of requests that differs from call to call. Requests are cached without it, or none would be found."""
 
 _FRAMING_BYTES: Final = 1024
 """More than the fields of a response take without its tensors' elements."""
@@ -63,6 +68,8 @@ class ParsedRequest:
         shared_slices: The places in shared memory of the operands and results that have one there.
         named: The operands that are named by a handle or a digest.
         remember: The operands that are sent, and remembered by their content.
+        has_wide_sums: Whether results that are sums over the samples have the compute type.
+        waits: Whether the caller would rather wait than be refused.
     """
 
     operation: Operation
@@ -74,6 +81,8 @@ class ParsedRequest:
     shared_slices: Mapping[str, SharedSlice] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
     remember: frozenset[str] = frozenset()
+    has_wide_sums: bool = False
+    waits: bool = False
 
     @cached_property
     def needs_session(self) -> bool:
@@ -89,7 +98,11 @@ class ParsedRequest:
     @cached_property
     def results(self) -> dict[str, TensorSpec]:
         """The specs of its results."""
-        return {name: spec_of_field(self.problem, name) for name in self.wanted}
+        specs = {name: spec_of_field(self.problem, name) for name in self.wanted}
+        if self.has_wide_sums:
+            for name in specs.keys() & set(self.operation.reduced_results):
+                specs[name] = TensorSpec(specs[name].shape, self.problem.compute_type)
+        return specs
 
     @cached_property
     def sent_results(self) -> dict[str, TensorSpec]:
@@ -104,6 +117,17 @@ class ParsedRequest:
     def sent_bytes(self) -> int:
         """The size of those elements."""
         return sum(spec.nbytes for spec in self.sent_results.values())
+
+    @cached_property
+    def shared_operands_bytes(self) -> int:
+        """The size of the operands that are in shared memory."""
+        operands = self.operands
+        return sum(operands[name].nbytes for name in self.shared_slices if name in operands)
+
+    @cached_property
+    def leaving_bytes(self) -> int:
+        """The size of the results that the client gets: in the response, or in shared memory."""
+        return sum(spec.nbytes for name, spec in self.results.items() if name not in self.keep)
 
     @cached_property
     def sliced_bytes(self) -> int:
@@ -236,6 +260,13 @@ class SlicedRequest:
             )
 
 
+def note_telemetry(message: Any, call: CallContext) -> None:
+    """Note what a request says about its call for logs and traces. To be called before the request can be refused."""
+    telemetry = message.telemetry
+    call.set_request_id(telemetry.request_id)
+    call.set_trace_context(telemetry.traceparent, telemetry.tracestate)
+
+
 def parse_request(
     operation: Operation, message: Message, data: bytes | None = None
 ) -> ParsedRequest:
@@ -247,10 +278,22 @@ def parse_request(
     Raises:
         InvalidArgumentError: The request is not valid.
     """
-    data = message.SerializeToString() if data is None else data
+    if message.HasField(_TELEMETRY):
+        data = _bytes_of_work(message)
+    elif data is None:
+        data = message.SerializeToString()
     if len(data) > _LARGEST_CACHED_BYTES:
         return _parse(operation, message)
     return _parse_bytes(operation, data)
+
+
+def _bytes_of_work(message: Message) -> bytes:
+    """Return the bytes of a request without what it says about its call alone."""
+    if message.HasField(_TELEMETRY):
+        original, message = message, type(message)()
+        message.CopyFrom(original)
+        message.ClearField(_TELEMETRY)
+    return message.SerializeToString()
 
 
 @lru_cache(_CACHED_REQUESTS_COUNT)
@@ -260,7 +303,7 @@ def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
 
 def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
     """Parse the header of an operation's stream. Raises InvalidArgumentError as `parse_request` does."""
-    data = header.request.SerializeToString()
+    data = _bytes_of_work(header.request)
     if len(data) > _LARGEST_CACHED_BYTES:
         return _slice_request(_parse(operation, header.request), header.slice_samples_count)
     return _parse_header_bytes(operation, data, header.slice_samples_count)
@@ -307,6 +350,8 @@ def _parse(operation: Operation, message: Any) -> ParsedRequest:
             for name in operation.constants
             if getattr(message.remember, name) and payloads.get(name, "none") in ("raw", None)
         ),
+        has_wide_sums=getattr(message, "wide_sums", False),
+        waits=message.waits,
     )
 
 

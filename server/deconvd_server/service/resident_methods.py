@@ -29,6 +29,7 @@ from deconvd_server.service.method import (
     SessionMethod,
     UnaryMethod,
 )
+from deconvd_server.service.parsed_request import note_telemetry
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.shared_memory import Lender, SharedTensors
 
@@ -74,9 +75,9 @@ class ResidentMethods:
         """
         sessions = self._residents.sessions
         session = (
-            sessions.resume(first.session, first.tenant_key, close_stream)
+            sessions.resume(first.session, first.tenant_key, close_stream, call.identity)
             if first.session
-            else sessions.open(first.tenant_key, close_stream, call.peer_key)
+            else sessions.open(first.tenant_key, close_stream, call.peer_key, call.identity)
         )
         call.on_cancel(partial(sessions.mark_broken, session, close_stream))
         response = pb.HoldSessionResponse(
@@ -92,6 +93,7 @@ class ResidentMethods:
     ) -> pb.PutTensorResponse:
         """Serve PutTensor."""
         header = reader.read_header().header
+        note_telemetry(header, call)
         session = self._residents.join(header.session, call)
         spec = spec_from_message("tensor", header.tensor)
         engine = self._residents.engines.least_loaded()
@@ -115,9 +117,11 @@ class ResidentMethods:
         """Set the elements of a new resident, from shared memory or from the stream."""
         payload = message.WhichOneof("payload")
         if payload == "shared":
-            with SharedTensors(self._lender) as shared:
+            call.transport = "shared_memory"
+            with SharedTensors(self._lender, call.identity) as shared:
                 shared_slice = SharedSlice.from_message(message.shared)
                 array = shared.host_place("tensor", entry.spec, shared_slice)
+                call.received_bytes = entry.spec.nbytes
                 engine.write(entry.device_tensor, array, call)
         elif payload is None:
             if engine.info.has_own_memory:
@@ -129,6 +133,7 @@ class ResidentMethods:
                 for samples, spec in sample_pieces(entry.spec):
                     with self._registry.rest(entry, call):
                         array = reader.read("tensor", spec)
+                    call.received_bytes += spec.nbytes
                     write_samples(entry, samples, array, call)
                 with self._registry.rest(entry, call):
                     # The place is still held, so a client that never ends its stream takes no more than a place.
@@ -145,6 +150,7 @@ class ResidentMethods:
     def get_tensor(self, request: Envelope[pb.GetTensorRequest], call: CallContext) -> Parts:
         """Serve GetTensor."""
         message = request.message
+        note_telemetry(message, call)
         session = self._residents.join(message.session, call)
         entry = self._registry.acquire_by_name(session, message.resident.handle, "resident", call)
         headers: list[Part] = []
@@ -161,9 +167,11 @@ class ResidentMethods:
         self, entry: ResidentEntry, place: pb.SharedSlice, call: CallContext
     ) -> pb.GetTensorResponse:
         """Copy a resident into shared memory; return the header that says so."""
-        with SharedTensors(self._lender) as shared:
+        call.transport = "shared_memory"
+        with SharedTensors(self._lender, call.identity) as shared:
             shared_slice = SharedSlice.from_message(place)
             read_array(entry, call, shared.host_place("place", entry.spec, shared_slice))
+        call.sent_bytes = entry.spec.nbytes
         header = message_from_spec(entry.spec)
         header.shared.CopyFrom(place)
         return pb.GetTensorResponse(header=header)
@@ -174,8 +182,9 @@ class ResidentMethods:
             with self._registry.rest(entry, call):
                 yield pb.GetTensorResponse(header=message_from_spec(entry.spec))
                 stack.enter_context(self._stream_admission.admit(piece_bytes(entry.spec), call))
-            for samples, _ in sample_pieces(entry.spec):
+            for samples, spec in sample_pieces(entry.spec):
                 part = elements_part(read_samples(entry, samples, call))
+                call.sent_bytes += spec.nbytes
                 with self._registry.rest(entry, call):
                     yield part
 

@@ -30,6 +30,7 @@ from deconvd_server.service.parsed_request import (
     SLICES_IN_FLIGHT,
     ParsedRequest,
     SlicedRequest,
+    note_telemetry,
     parse_stream_header,
 )
 from deconvd_server.service.stream_admission import StreamAdmission
@@ -59,6 +60,8 @@ class StreamingOperations:
     def serve(self, operation: Operation, reader: PartReader[Any], call: CallContext) -> Parts:
         """Serve an operation's streaming RPC."""
         header = reader.read_header().header
+        if header.request.HasField("telemetry"):
+            note_telemetry(header.request, call)
         sliced = parse_stream_header(operation, header)
         response = messages_for(operation).stream_response
         request, parsed = header.request, sliced.parsed
@@ -126,6 +129,7 @@ class _SlicePipeline:
                     sums.add(arrays)
                 for field in operation.results:
                     if field in arrays:
+                        self.call.sent_bytes += arrays[field].nbytes
                         part = elements_part(arrays[field])
                         if self.packs:
                             yield from packed_parts((part,), arrays[field].itemsize)
@@ -140,6 +144,7 @@ class _SlicePipeline:
             if field in self.residents:
                 self.engine.write(self.residents[field], total, self.call)
             else:
+                self.call.sent_bytes += total.nbytes
                 yield elements_part(total)
 
     def _begin_slice(

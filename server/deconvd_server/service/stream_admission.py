@@ -29,7 +29,8 @@ from typing import Final
 from deconvd.errors import UnavailableError
 from deconvd_server.call.context import STALL_LIMIT_S, CallContext
 from deconvd_server.call.ledger import Stage
-from deconvd_server.engine.admission import Admission, Load
+from deconvd_server.engine.admission import Admission
+from deconvd_server.engine.load import Load
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 
 __all__ = ["StreamAdmission"]
@@ -104,6 +105,7 @@ class StreamAdmission:
             self._wait_for_turn(stream)
             with self._admission.admit(footprint_bytes, call):
                 self._mark_running(stream)
+                call.is_accepted = True  # its slices wait for the device, and are not refused
                 yield
         finally:
             self._remove(stream)

@@ -63,6 +63,7 @@ class StreamOperands:
         operand = self._present.get(field)
         if operand is None:
             array = self._reader.read(ARGUMENTS[field], spec)
+            self._call.received_bytes += spec.nbytes
             resident = self._residents.get(field)
             if resident is not None:
                 if samples is not None:

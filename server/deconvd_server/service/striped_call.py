@@ -28,7 +28,7 @@ from deconvd_server.device import Departing
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents import Residents
 from deconvd_server.service.call_tensors import CallTensors
-from deconvd_server.service.parsed_request import ParsedRequest, parse_request
+from deconvd_server.service.parsed_request import ParsedRequest, note_telemetry, parse_request
 from deconvd_server.service.stream_admission import StreamAdmission
 from deconvd_server.service.striped_elements import StripedElements
 from deconvd_server.shared_memory import Lender
@@ -67,6 +67,8 @@ class StripedOperations:
             InvalidArgumentError: The request is not valid, or has elements.
             ExhaustedError: The operands and results will never fit in the host memory for streams.
         """
+        if request.message.HasField("telemetry"):
+            note_telemetry(request.message, call)
         if sys.byteorder != "little":
             raise UnimplementedError("a striped call needs a server with a little-endian processor")
         for field in request.raw:
@@ -88,9 +90,11 @@ class StripedOperations:
             with self._stream_admission.admit(footprint_bytes, call):
                 try:
                     self._run(call_tensors, sent_operands, elements, call)
+                    call.received_bytes = tensors_bytes - parsed.sent_bytes
                     call_tensors.commit()
                     answer(Envelope(call_tensors.response(), {}))
                     elements.finish()
+                    call.sent_bytes = parsed.sent_bytes
                 finally:
                     elements.end()
                     call_tensors.forget_operands()

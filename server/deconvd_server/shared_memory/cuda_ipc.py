@@ -147,6 +147,6 @@ class CardLender:
         borrowing.close()
         self._loans.close(borrowing.account)
 
-    def use(self, name: bytes) -> RegionUse | None:
-        """Use a region; return None if no region of that name is lent."""
-        return self._loans.use(name)
+    def use(self, name: bytes, identity: str = "") -> RegionUse | None:
+        """Use a region; return None if no region of that name is lent for calls of that identity."""
+        return self._loans.use(name, identity)

@@ -117,23 +117,34 @@ class Lender:
         return self._loans.size_bytes
 
     @property
+    def limit_bytes(self) -> int:
+        """How many bytes it lends at most."""
+        return self._limits.all_bytes
+
+    @property
+    def borrowers_count(self) -> int:
+        """How many clients are connected."""
+        return self._shares.taken_count
+
+    @property
     def lingering_bytes(self) -> int:
         """How many bytes are no longer mapped here, but still by clients."""
         self._memfd_watcher.poll()
         return self._loans.lingering_bytes
 
-    def use(self, name: str, region: bytes) -> RegionUse:
+    def use(self, name: str, region: bytes, identity: str = "") -> RegionUse:
         """Use a region of host memory or of a card. It stays mapped until the use ends.
 
         Args:
             name: Name of the argument whose elements are there, for errors.
+            identity: The identity of the call. See `LoanRegistry.use`.
 
         Raises:
-            StaleRegionError: The region is not lent.
+            StaleRegionError: The region is not lent, or is another identity's.
         """
-        use = self._loans.use(region)
+        use = self._loans.use(region, identity)
         if use is None and self._card_lender is not None:
-            use = self._card_lender.use(region)
+            use = self._card_lender.use(region, identity)
         if use is None:
             raise StaleRegionError(
                 f"{name} must be in shared memory that this server lends, and its region is unknown, was "

@@ -89,6 +89,7 @@ class BorrowerAccount:
         is_open: False once the client has gone.
         peer: Key of the peer that the client belongs to. See `deconvd_server.resources.peer_identity`.
         used_s: When a call last began to use one of its regions, on the monotonic clock.
+        identity: The identity of the calls that may use its regions: that of the first one. None before that.
     """
 
     usage: _Usage = field(default_factory=_Usage)
@@ -96,6 +97,7 @@ class BorrowerAccount:
     is_open: bool = True
     peer: str = ""
     used_s: float = -math.inf
+    identity: str | None = None
 
 
 class Lendable(Protocol):
@@ -225,13 +227,21 @@ class LoanRegistry(Generic[_M]):
             garbage = self._take_garbage()
         _free(garbage)
 
-    def use(self, name: bytes) -> RegionUse | None:
-        """Use a region; return None if no region of that name is lent."""
+    def use(self, name: bytes, identity: str = "") -> RegionUse | None:
+        """Use a region; return None if no region of that name is lent for calls of that identity.
+
+        Borrowers prove no identity on the lender's socket. But only the client knows the name of its region before
+        its first call with it. So the identity of that call is the client's.
+        """
         with self._lock:
             lent = self._lent.get(name)
             if lent is None:
                 return None
             entry, account = lent
+            if account.identity is None:
+                account.identity = identity
+            elif account.identity != identity:
+                return None
             entry.acquire()
             account.used_s = time.monotonic()
         return RegionUse(entry.resource.value, partial(self._release, entry))

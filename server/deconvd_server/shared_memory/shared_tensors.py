@@ -22,10 +22,12 @@ class SharedTensors:
 
     Args:
         lender: The lender of the memory; None if the server lends none.
+        identity: The identity of the call.
     """
 
-    def __init__(self, lender: Lender | None) -> None:
+    def __init__(self, lender: Lender | None, identity: str = "") -> None:
         self._lender = lender
+        self._identity = identity
         self._uses: dict[bytes, RegionUse] = {}  # by region
 
     def __enter__(self) -> SharedTensors:
@@ -74,5 +76,5 @@ class SharedTensors:
                 raise StaleRegionError(
                     f"{name} must be sent in messages: this server lends no memory", argument=name
                 )
-            use = self._uses[region] = self._lender.use(name, region)
+            use = self._uses[region] = self._lender.use(name, region, self._identity)
         return use.memory

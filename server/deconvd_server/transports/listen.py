@@ -12,20 +12,21 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.system import MAX_UNIX_PATH_BYTES, is_valid_unix_path
-from deconvd.wire.grpc_options import has_authority, unix_path
+from deconvd.wire.grpc_options import NOT_IN_UNIX_PATHS, has_authority, unix_path
 from deconvd_server.resources.socket_file import Access, AddressInUseError, remove_dead_socket
 
-__all__ = ["bind", "listen_tcp", "release", "unix_socket_paths"]
+__all__ = ["bind", "host_of", "listen_tcp", "release", "side_hosts", "unix_socket_paths"]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>[0-9]+)")
+_EVERY_IPV4: Final = "0.0.0.0"  # noqa: S104 - nothing is bound here
+_EVERY_IPV6: Final = "[::]"
+_LOOPBACK: Final = "127.0.0.1"
 _BACKLOG = 64
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-_NOT_IN_GRPC_PATHS = frozenset("%?#")
-
 _LOCK_S = 10.0
 """Longer than another server takes to start or to end on a socket."""
 
@@ -47,19 +48,46 @@ class PortBinder(Protocol):
     def add_insecure_port(self, address: str) -> int:
         """Listen on an address, and return its port. Raises RuntimeError if that is not possible."""
 
+    def add_secure_port(self, address: str, server_credentials: Any) -> int:
+        """Do the same, with TLS."""
 
-def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
+
+def bind(
+    server: PortBinder,
+    address: str,
+    access: Access | None = None,
+    server_credentials: object = None,
+) -> str:
     """Make `server` listen on an address, and return the address with the port that it got.
 
     Args:
         address: ``host:port``, with port 0 for any free port; ``unix:path`` or ``unix:///path``. A socket file that a
             dead server left at the path is replaced.
         access: Who may open a Unix socket; None to leave that to the process's umask.
+        server_credentials: The credentials of a TCP port, which has TLS then; None for no TLS. Unix sockets never
+            have it.
+
+    Raises:
+        InvalidArgumentError: The address has another form, or gRPC does not take the credentials.
+        AddressInUseError: Another process has the address.
+        OSError: The system refuses the address for another reason.
+    """
+    host = host_of(address)
+    if host is None:
+        path = _unix_path(address)
+        if not path.parent.is_dir():
+            raise _unix_error("in a directory that exists", address)
+        _bind_unix(server, _canonical_path(path), address, access)
+        return address
+    port = _add_port(server, address, address, server_credentials)
+    return f"{host}:{port}"
+
+
+def host_of(address: str) -> str | None:
+    """Return the host of an address to listen on; None for a Unix socket.
 
     Raises:
         InvalidArgumentError: The address has another form.
-        AddressInUseError: Another process has the address.
-        OSError: The system refuses the address for another reason.
     """
     try:
         address.encode()
@@ -68,11 +96,7 @@ def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
             f"--listen must be a name in UTF-8, got {address!r}", argument="listen"
         ) from None
     if address.startswith("unix:"):
-        path = _unix_path(address)
-        if not path.parent.is_dir():
-            raise _unix_error("in a directory that exists", address)
-        _bind_unix(server, _canonical_path(path), address, access)
-        return address
+        return None
     match = _HOST_PORT.fullmatch(address)
     if match is None:
         raise InvalidArgumentError(
@@ -82,8 +106,7 @@ def bind(server: PortBinder, address: str, access: Access | None = None) -> str:
         raise InvalidArgumentError(
             f"--listen must have a port from 0 to 65535, got {address!r}", argument="listen"
         )
-    port = _add_port(server, address, address)
-    return f"{match['host']}:{port}"
+    return match["host"]
 
 
 def release(address: str) -> None:
@@ -98,12 +121,29 @@ def release(address: str) -> None:
             _log.warning("the file of a Unix socket cannot be removed: %s", error)
 
 
-def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
+def side_hosts(addresses: Iterable[str]) -> list[str]:
+    """Return where health alone, and metrics, are served: the hosts of `addresses`; loopback if all are Unix sockets.
+
+    A host that a wildcard includes is left out: it could not be bound as well.
+    """
+    matches = filter(None, map(_HOST_PORT.fullmatch, addresses))
+    hosts = list(dict.fromkeys(match["host"] for match in matches)) or [_LOOPBACK]
+    if _EVERY_IPV6 in hosts:  # which is every IPv4 address, too
+        hosts = [_EVERY_IPV6]
+    elif _EVERY_IPV4 in hosts:
+        hosts = [host for host in hosts if host == _EVERY_IPV4 or host.startswith("[")]
+    return hosts
+
+
+def listen_tcp(
+    addresses: Iterable[str], port: int, purpose: str = "direct calls"
+) -> list[socket.socket]:
     """Return sockets that listen on the hosts of `addresses`, all on one TCP port. Unix addresses are passed over.
 
     Args:
         addresses: Addresses that `bind` has returned.
         port: The port; 0 for any free port.
+        purpose: What is served there, for errors.
 
     Raises:
         AddressInUseError: Another process has the port.
@@ -121,7 +161,7 @@ def listen_tcp(addresses: Iterable[str], port: int) -> list[socket.socket]:
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else str(error)  # getaddrinfo's are negative
         raise AddressInUseError(
-            errno.EADDRINUSE, f"cannot listen for direct calls: {reason}", f"port {port}"
+            errno.EADDRINUSE, f"cannot listen for {purpose}: {reason}", f"port {port}"
         ) from error
     return listeners
 
@@ -168,7 +208,7 @@ def _canonical_path(path: Path) -> Path:
     which the kernel lists. They remove a socket that was bound under another path, since they take it for dead.
     """
     resolved = path.parent.resolve() / path.name
-    is_usable = is_valid_unix_path(resolved) and not _NOT_IN_GRPC_PATHS & set(str(resolved))
+    is_usable = is_valid_unix_path(resolved) and not NOT_IN_UNIX_PATHS & set(str(resolved))
     return resolved if is_usable else path
 
 
@@ -178,8 +218,10 @@ def _unix_path(address: str) -> Path:
     path = Path(unix_path(address))
     if not path.name or not is_valid_unix_path(path):
         raise _unix_error(f"of 1 to {MAX_UNIX_PATH_BYTES} bytes", address)
-    if _NOT_IN_GRPC_PATHS.intersection(address):
-        raise _unix_error("without the letters %, ? and # (gRPC takes it for a URI)", address)
+    if NOT_IN_UNIX_PATHS.intersection(address):
+        raise _unix_error(
+            "without the letters %, ?, # and the comma (gRPC takes it for a URI)", address
+        )
     return path
 
 
@@ -257,11 +299,21 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _add_port(server: PortBinder, grpc_address: str, address: str) -> int:
+def _add_port(
+    server: PortBinder, grpc_address: str, address: str, server_credentials: object = None
+) -> int:
     try:
-        return server.add_insecure_port(grpc_address)
+        if server_credentials is None:
+            return server.add_insecure_port(grpc_address)
+        return server.add_secure_port(grpc_address, server_credentials)
     except RuntimeError as error:  # grpcio gives no reason: it only logs one
         number = _bind_errno(grpc_address)
+        if number is None and server_credentials is not None:
+            raise InvalidArgumentError(
+                "--tls-cert, --tls-key and --tls-client-ca must be PEM that gRPC takes, too, and it refuses them for "
+                f"{address}: look for bytes in the files that are no text",
+                argument="tls_cert",
+            ) from error
         if number in (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             raise AddressInUseError(
                 errno.EADDRINUSE,

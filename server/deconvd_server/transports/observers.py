@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+import re
+import time
+from typing import Final, Protocol
 
 from deconvd.errors import CallCancelledError, DeconvdError, UnavailableError
 from deconvd_server.call.context import CallContext
-from deconvd_server.log_text import excerpt
+from deconvd_server.call.ledger import Stage
+from deconvd_server.log_handler import REPEAT_KEY
+from deconvd_server.log_text import FIELDS, excerpt
 
-__all__ = ["CallLog", "Observer"]
+__all__ = ["AccessLog", "CallLog", "Observer"]
+
+_NUMBER: Final = re.compile(r"[0-9][0-9.e+-]*")
 
 _log = logging.getLogger(__name__)
+_access_log = logging.getLogger("deconvd_server.access")
 
 
 class Observer(Protocol):
@@ -31,7 +38,7 @@ class Observer(Protocol):
 
 
 class CallLog:
-    """Logs the beginning of each call at DEBUG, and each failure with its cause."""
+    """Logs the beginning of each call at DEBUG, and each failure with its cause, equal ones once a second."""
 
     def begin(self, method: str, call: CallContext) -> None:
         """Log that a call begins."""
@@ -45,8 +52,85 @@ class CallLog:
         if isinstance(error, (DeconvdError, MemoryError)) or status == UnavailableError.status:
             # a caller that goes is no reason to look into anything
             level = logging.INFO if isinstance(error, CallCancelledError) else logging.WARNING
-            _log.log(level, "%s from %s: %s: %s", method, call.peer, status, excerpt(error))
+            text = excerpt(error)
         elif status == CallCancelledError.status:
-            _log.info("%s from %s: the caller has gone", method, call.peer)
+            level, text = logging.INFO, "the caller has gone"
         else:
-            _log.error("%s from %s: unforeseen error", method, call.peer, exc_info=error)
+            level, text = logging.ERROR, "unforeseen error"
+        _log.log(
+            level,
+            "%s from %s (request %s): %s: %s",
+            method,
+            call.peer,
+            call.request_id,
+            status,
+            text,
+            exc_info=error if level == logging.ERROR else None,
+            extra={
+                # two refusals of an overloaded server differ in their numbers alone
+                REPEAT_KEY: (method, status, _NUMBER.sub("", text), type(error)),
+                FIELDS: {
+                    "method": method,
+                    "peer": call.peer,
+                    "request_id": call.request_id,
+                    "status": status,
+                },
+            },
+        )
+
+
+class AccessLog:
+    """Logs each call when it ends, whatever the level of the log."""
+
+    def __init__(self) -> None:
+        _access_log.setLevel(logging.INFO)
+
+    def begin(self, method: str, call: CallContext) -> None:
+        """Do nothing: a call is logged when all is known about it."""
+
+    def end(self, method: str, call: CallContext, status: str, error: Exception | None) -> None:
+        """Log a call."""
+        problem = call.problem
+        times_us = {**call.ledger.times_us, Stage.SERVER: _passed_us(call)}
+        stages_ms = {stage.removesuffix("_us"): us / 1e3 for stage, us in times_us.items()}
+        fields = {
+            "method": method,
+            "transport": call.transport,
+            "peer": call.peer,
+            "identity": call.identity,
+            "request_id": call.request_id,
+            "trace_id": call.trace_id,
+            "status": status,
+            "received_bytes": call.received_bytes,
+            "sent_bytes": call.sent_bytes,
+            "ms": stages_ms,
+        }
+        caller = f" by {call.identity}" if call.identity else ""
+        trace = f", trace {call.trace_id}" if call.trace_id else ""
+        shapes = ""
+        if problem is not None:
+            fields |= {
+                "x": list(problem.x.shape),
+                "w": list(problem.W.shape),
+                "y": list(problem.y.shape),
+            }
+            shapes = f" x={problem.x} W={problem.W}"
+        _access_log.info(
+            "%s %s%s from %s (request %s%s): %s%s in=%d out=%d ms: %s",
+            method,
+            call.transport,
+            caller,
+            call.peer,
+            call.request_id or "-",
+            trace,
+            status,
+            shapes,
+            call.received_bytes,
+            call.sent_bytes,
+            " ".join(f"{stage}={ms:.3f}" for stage, ms in stages_ms.items()),
+            extra={FIELDS: fields},
+        )
+
+
+def _passed_us(call: CallContext) -> int:
+    return round((time.perf_counter() - call.ledger.began_s) * 1e6)

@@ -6,6 +6,7 @@ either the answer with the call's ledger, or the failure.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
@@ -26,6 +27,8 @@ from deconvd_server.transports.observers import Observer
 __all__ = ["CallScope"]
 
 _OK: Final = "OK"
+
+_REQUEST_ID_BYTES: Final = 8
 
 _NO_THREAD: Final = "can't start new thread"
 """The text of the interpreter's RuntimeError when the system has no thread left."""
@@ -73,7 +76,10 @@ class CallScope:
         elif error is not None:
             reported = _reported_error(error, self.call)
             # Kept as a status: the error refers to the frame of the block, and that frame to this object.
-            self.failure = status_from_error(reported)
+            call = self.call
+            if not call.request_id:  # so that whoever gets the error can find it in the log
+                call.request_id = secrets.token_hex(_REQUEST_ID_BYTES)
+            self.failure = status_from_error(reported, call.request_id)
             status, observed = reported.status, error
         for observer in self._observers:
             observer.end(self._method, self.call, status, observed)

@@ -11,9 +11,12 @@ from deconvd.direct.byte_stream import SocketStream, timeval
 from deconvd.direct.events import Hello
 from deconvd.direct.frame_stream import FrameStream
 from deconvd.direct.protocol import DirectProtocol, Role
+from deconvd.direct.tls_engine import TlsEngine
+from deconvd.direct.tls_stream import TlsStream
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_options import unix_path
-from deconvd_client.transports.side_sockets import find_call_sockets
+from deconvd_client.credentials import NO_CREDENTIALS, Credentials
+from deconvd_client.transports.side_sockets import Owners, any_owner, find_call_sockets, instance_of
 from deconvd_client.transports.targets import host_of, resolver_of
 
 __all__ = ["Connector", "InfoFetcher", "TcpConnector", "UnixConnector", "connector_for"]
@@ -52,9 +55,13 @@ class UnixConnector:
 
     Attributes:
         path: Path of the socket for gRPC.
+        credentials: What the client shows of itself. There is no TLS by Unix sockets.
+        owners: Whose sockets are used.
     """
 
     path: str
+    credentials: Credentials = NO_CREDENTIALS
+    owners: Owners = any_owner
     _address: _DirectAddress | None = field(default=None, init=False, compare=False)
     """Where the last connection was opened; None if it failed, or there was none."""
 
@@ -81,10 +88,10 @@ class UnixConnector:
         return stream
 
     def _find_address(self, info: pb.GetServerInfoResponse) -> _DirectAddress:
-        paths = find_call_sockets(info, self.path)
+        paths = find_call_sockets(info, self.path, self.owners)
         if not paths:
             raise ConnectionRefusedError("the server has no socket for direct connections here")
-        return _DirectAddress(paths[0], bytes.fromhex(info.instance_id))
+        return _DirectAddress(paths[0], instance_of(info))
 
     def _connect_to(self, address: _DirectAddress, timeout_s: float) -> FrameStream:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -98,7 +105,9 @@ class UnixConnector:
         except BaseException:
             connection.close()
             raise
-        return _shake_hands(connection, address.instance, timeout_s)
+        return _greet(
+            SocketStream(connection), address.instance, self.credentials.token(), timeout_s
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +116,11 @@ class TcpConnector:
 
     Attributes:
         host: Name or address of the host.
+        credentials: What the client shows of itself, and whether it uses TLS.
     """
 
     host: str
+    credentials: Credentials = NO_CREDENTIALS
     is_address_known = False
 
     def connect(self, fetch_info: InfoFetcher, timeout_s: float) -> FrameStream:
@@ -124,29 +135,59 @@ class TcpConnector:
             raise ConnectionRefusedError("the server accepts no direct connections by TCP")
         timeout_s = min(max(timeout_s, _MIN_TIMEOUT_S), _TCP_CONNECT_TIMEOUT_S)
         connection = socket.create_connection((self.host, info.direct_port), timeout_s)
-        return _shake_hands(connection, bytes.fromhex(info.instance_id), timeout_s)
+        stream = self._encrypt(connection, timeout_s)
+        instance = instance_of(info)
+        return _greet(stream, instance, self.credentials.token(), timeout_s)
+
+    def _encrypt(self, connection: socket.socket, timeout_s: float) -> SocketStream:
+        """Return the connection as a stream: with TLS if there is TLS to the target, and never without it then."""
+        state, tls = self.credentials.tls_state, self.credentials.tls
+        if state is None or tls is None:
+            return SocketStream(connection)
+        name = (
+            tls.server_name or self.host.partition("%")[0]
+        )  # a link-local address has its interface
+        stream = TlsStream(connection, TlsEngine(state.context, name))
+        stream.set_deadline(timeout_s)
+        try:
+            stream.shake_hands()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
 
-def _shake_hands(connection: socket.socket, instance: bytes, timeout_s: float) -> FrameStream:
-    """Return the connection once the server has said that it is `instance`. Raises ConnectionBrokenError if not."""
-    stream = FrameStream(SocketStream(connection), DirectProtocol(Role.CLIENT, instance))
-    stream.set_deadline(timeout_s)
+def _greet(stream: SocketStream, instance: bytes, token: str, timeout_s: float) -> FrameStream:
+    """Return a stream with frames, once the server has said that it is `instance`.
+
+    Raises:
+        ConnectionBrokenError: It is another one, does not know the token, or says nothing.
+    """
+    frames = FrameStream(stream, DirectProtocol(Role.CLIENT, instance))
+    frames.set_deadline(timeout_s)
     try:
-        stream.send(Hello(instance))
-        stream.next_event()
+        frames.send(Hello(instance, token))
+        frames.next_event()
     except BaseException:
-        stream.close()
+        frames.close()
         raise
-    return stream
+    return frames
 
 
 Connector: TypeAlias = UnixConnector | TcpConnector
 
 
-def connector_for(target: str) -> Connector | None:
-    """Return the connector for a gRPC target; None if there can be no direct connections to it."""
+def connector_for(
+    target: str, credentials: Credentials = NO_CREDENTIALS, owners: Owners = any_owner
+) -> Connector | None:
+    """Return the connector for a gRPC target; None if there can be no direct connections to it.
+
+    Args:
+        credentials: What the client shows of itself.
+        owners: Whose Unix sockets are used.
+    """
     path = unix_path(target)
     if path:
-        return UnixConnector(path) if hasattr(socket, "AF_UNIX") else None
+        return UnixConnector(path, credentials, owners) if hasattr(socket, "AF_UNIX") else None
     host = host_of(target)
-    return TcpConnector(host) if host and not resolver_of(target) else None
+    return TcpConnector(host, credentials) if host and not resolver_of(target) else None

@@ -21,9 +21,11 @@ from deconvd.host.adaptive_backoff import AdaptiveBackoff
 from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd.wire.status import error_from_status
+from deconvd_client.calls.cancel_scope import CancelScope
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.patience import Patience
+from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import (
     NotServedDirectlyError,
     OutcomeUnknownError,
@@ -100,6 +102,12 @@ class DirectTransport:
         """Whether there is a connection for a call, or one may be opened."""
         return bool(self._idle) or self.may_connect
 
+    @property
+    def has_connections(self) -> bool:
+        """Whether there are connections, in use or not."""
+        with self._lock:
+            return bool(self._idle or self._busy)
+
     def unary(
         self,
         method: str,
@@ -138,7 +146,7 @@ class DirectTransport:
             # A server that computes on the host, or for others at the same time, does not follow the copy.
             # Then progress reports cost both ends more than they save.
             self._overlap_backoff.record_outcome(has_paid=OVERLAP_ENTRY in answer.ledger)
-        return answer
+        return answer.message, answer.ledger
 
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """See `Transport`.
@@ -156,7 +164,11 @@ class DirectTransport:
             connection = self._open_for_call(deadline)
         timeout_s = deadline.remaining_s()
         connection.set_deadline(timeout_s)
-        return _PooledConnection(connection, timeout_s, self._release)
+        if deadline.scope is not None:
+            deadline.scope.attach(connection.abort)
+        if (span := current_call_span.get()) is not None:
+            span.is_direct = True
+        return _PooledConnection(connection, timeout_s, self._release, deadline.scope)
 
     def acquire_idle(self) -> FrameStream | None:
         """Return a connection that no call uses and that the server has not closed; None if there is none."""
@@ -201,7 +213,7 @@ class DirectTransport:
             connection.close()
         else:
             # after an interrupt a thread may still be sending: the last reference to the connection closes it
-            connection.shutdown()
+            connection.abort()
 
     def close(self) -> None:
         """Close all connections. Calls under way end with CallCancelledError."""
@@ -210,7 +222,7 @@ class DirectTransport:
             idle, self._idle = self._idle, []
             busy = [connection for known in self._busy if (connection := known()) is not None]
         for connection in busy:
-            connection.shutdown()  # the call's own thread closes it: another may be using the descriptor
+            connection.abort()  # the call's own thread closes it: another may be using the descriptor
         for connection in idle:
             connection.close()
 
@@ -234,7 +246,7 @@ class DirectTransport:
         if (
             self._connector.is_address_known
         ):  # then it takes so little time that the call can do it itself
-            opened = call_uninterrupted(lambda: self._connect(deadline))
+            opened = call_uninterrupted(lambda: self._connect(deadline), scope=deadline.scope)
             if opened is not None:
                 return self._add_connection(opened, is_taken=True)
         if not deadline.remaining_s():  # which says nothing about the server: there is no back-off
@@ -250,18 +262,25 @@ class DirectTransport:
             self._busy = {known for known in self._busy if known() is not None}
         self._busy.add(weakref.ref(connection))
 
-    def _release(self, connection: FrameStream, error: BaseException | None) -> None:
+    def _release(
+        self, connection: FrameStream, error: BaseException | None, scope: CancelScope | None
+    ) -> None:
         """Take a connection back. An error of the connection becomes the error that the caller knows.
 
         Args:
             error: What the call's block raised, if anything.
+            scope: Who could cancel the call.
         """
+        if scope is not None:
+            scope.detach(connection.abort)
         self.take_back(connection, error)
         if isinstance(error, ConnectionTimeoutError):
             raise DeadlineError("the server did not answer in time") from None
         if isinstance(error, ConnectionBrokenError):
             if self._is_closed:
                 raise CallCancelledError("the connection is closed") from None
+            if scope is not None and scope.is_cancelled:
+                raise scope.make_error() from None
             _log.debug("a direct connection was lost: %s", error)
             raise OutcomeUnknownError from None
 
@@ -332,12 +351,15 @@ class _PooledConnection(AbstractContextManager["_PooledConnection"]):
     Attributes:
         connection: The connection. Its deadline is set.
         timeout_s: How long the call may take, from now on.
-        release: Called at the end of the block with the connection and the error that the block raised, if any.
+        release: Called at the end of the block with the connection, the error that the block raised, if any, and the
+            scope.
+        scope: Who can cancel the call. The connection is aborted then.
     """
 
     connection: FrameStream
     timeout_s: float
-    release: Callable[[FrameStream, BaseException | None], None]
+    release: Callable[[FrameStream, BaseException | None, CancelScope | None], None]
+    scope: CancelScope | None
 
     def __exit__(
         self,
@@ -345,7 +367,7 @@ class _PooledConnection(AbstractContextManager["_PooledConnection"]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.release(self.connection, exc)
+        self.release(self.connection, exc, self.scope)
 
 
 class _EarlyAnswerError(Exception):

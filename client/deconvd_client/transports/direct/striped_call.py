@@ -21,7 +21,7 @@ from deconvd.direct.events import (
     StripeHead,
 )
 from deconvd.direct.frame_stream import FrameStream
-from deconvd.direct.pieces import PieceSpace
+from deconvd.direct.pieces import PieceSpace, run_length
 from deconvd.wire.status import error_from_status
 from deconvd.wire.stream_parts import PendingElements
 from deconvd_client.calls.transport import StripedAttempt
@@ -72,9 +72,9 @@ def run_striped_call(
 class _Stripes:
     """The stripes of one call. A background thread for each sends pieces of operands, then receives pieces of results.
 
-    The numbers of the pieces are in shared objects. `next()` on an iterator, and `remove()` on a set, are atomic: so
-    each piece is sent once and received once, and no lock is needed. An exception from a signal handler can leave none
-    locked.
+    The numbers of the pieces are in shared objects: of those to be sent, the first of each run. `next()` on an
+    iterator, and `remove()` on a set, are atomic: so each piece is sent once and received once, and no lock is needed.
+    An exception from a signal handler can leave none locked.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class _Stripes:
         self._transfer = transfer
         self._operands = PieceSpace(attempt.operands)
         self._results = PieceSpace(attempt.results)
-        self._unsent_numbers = iter(range(self._operands.pieces_count))
+        self._transfer_count = attempt.transfer
+        self._run_length = run_length(len(connections), self._operands.pieces_count)
+        self._unsent_numbers = iter(range(0, self._operands.pieces_count, self._run_length))
         self._missing_numbers = set(range(self._results.pieces_count))
         self._ends: SimpleQueue[None] = SimpleQueue()  # has one item of each thread that has ended
         self._running_count = 0  # threads whose item has not been taken
@@ -174,7 +176,10 @@ class _Stripes:
     def _send(self, connection: FrameStream) -> None:
         connection.send(StripeHead(self._transfer))
         for number in self._unsent_numbers:
-            connection.send_piece(number, self._operands.buffers(number))
+            buffers = self._operands.buffers(number, self._run_length)
+            connection.send_piece(number, buffers)
+            if self._transfer_count is not None:
+                self._transfer_count.add_sent(sum(map(len, buffers)))
         connection.send(EndOfStream())
 
     def _receive(self, connection: FrameStream) -> None:
@@ -184,20 +189,25 @@ class _Stripes:
                 return
             if not isinstance(event, PieceHead):
                 raise RemoteProtocolError("the server sent elements outside a piece")
-            self._receive_piece(connection, event.number)
+            self._receive_run(connection, event.number)
 
-    def _receive_piece(self, connection: FrameStream, number: int) -> None:
+    def _receive_run(self, connection: FrameStream, number: int) -> None:
+        elements = connection.next_event()
+        count = 0
+        if isinstance(elements, PendingElements):
+            count = self._results.count_in_run(number, elements.size_bytes)
+        if not count:
+            raise RemoteProtocolError(
+                f"the server sent {elements} as a run of pieces from number {number} on, which the results do not have"
+            )
         try:
-            self._missing_numbers.remove(number)
+            for each in range(number, number + count):
+                self._missing_numbers.remove(each)
         except KeyError:
             raise RemoteProtocolError(
-                f"the server sent piece {number}, which it has sent before or the results do not have"
+                f"the server sent piece {each}, which it has sent before"
             ) from None
-        elements = connection.next_event()
-        expected_bytes = self._results.piece_bytes(number)
-        if not isinstance(elements, PendingElements) or elements.size_bytes != expected_bytes:
-            raise RemoteProtocolError(
-                f"the server sent {elements} as piece {number}, which has {expected_bytes} bytes"
-            )
-        for buffer in self._results.buffers(number):
+        for buffer in self._results.buffers(number, count):
             connection.read_into_buffer(buffer)
+            if self._transfer_count is not None:
+                self._transfer_count.add_received(len(buffer))

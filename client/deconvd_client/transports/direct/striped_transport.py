@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -13,6 +13,7 @@ from deconvd.direct.frame_stream import FrameStream
 from deconvd.errors import ExhaustedError, UnavailableError, UnimplementedError
 from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.host.system import processors_count
+from deconvd_client.calls.cancel_scope import abort_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.transport import (
     NotServedDirectlyError,
@@ -106,6 +107,7 @@ class StripedTransport:
             raise NotServedDirectlyError(str(error)) from None
         with self._lock:
             self._backoff.note_success()
+        self.policy.limit_stripes(answer.stripes_limit)
         return answer
 
     def _call_once(
@@ -126,7 +128,8 @@ class StripedTransport:
             try:
                 for stripe in stripes:
                     stripe.set_deadline(timeout_s)
-                answer = run_striped_call(pooled.connection, stripes, begin(), timeout_s)
+                with abort_on_cancel(deadline.scope, partial(_abort_all, stripes)):
+                    answer = run_striped_call(pooled.connection, stripes, begin(), timeout_s)
             except BaseException as error:
                 for stripe in stripes:
                     self._direct.discard(stripe, error)
@@ -147,7 +150,9 @@ class StripedTransport:
         run_in_background(partial(self._open_all, missing_count, arrivals))
         try:
             for _ in range(missing_count):
-                arrivals.get(timeout=patience.remaining_s())
+                with abort_on_cancel(patience.scope, partial(arrivals.put, None)):
+                    arrivals.get(timeout=patience.remaining_s())
+                patience.check_cancelled()
                 if (opened := self._direct.acquire_idle()) is not None:
                     connections.append(opened)
         except Empty:
@@ -180,3 +185,8 @@ class StripedTransport:
             else:
                 self._opening_backoff.note_failure()
         arrivals.put(None)
+
+
+def _abort_all(stripes: Iterable[FrameStream]) -> None:
+    for stripe in stripes:
+        stripe.abort()

@@ -62,6 +62,7 @@ class StripingPolicy:
     def __init__(self, processors_count: Callable[[], int]) -> None:
         self._processors_count = processors_count
         self._records: dict[Hashable, _Record] = {}
+        self._stripes_limit = MAX_STRIPES_COUNT
 
     def choose(self, kind: Hashable, size_bytes: int, *, is_fixed: bool = False) -> int:
         """Return how many stripes a call should have, or `STREAM`.
@@ -70,7 +71,7 @@ class StripingPolicy:
             kind: What is computed, from which operands.
             size_bytes: The size of the call's operands and results together.
             is_fixed: Whether the answer must not depend on measurements: it is then the largest number that the
-                size and the processors allow.
+                size, the processors and the server allow.
         """
         candidates = self.candidates(size_bytes)
         if is_fixed or len(candidates) == 1:
@@ -82,10 +83,20 @@ class StripingPolicy:
         if len(self.candidates(size_bytes)) > 1:
             self._record_of(kind, size_bytes).add(choice, duration_s / size_bytes)
 
+    def limit_stripes(self, count: int) -> None:
+        """Choose no more stripes from now on, as the server asks while others call it, too. 0: as many as before.
+
+        What one client measures cannot tell it this: with more stripes it is faster, and the others slower.
+        """
+        if count:
+            self._stripes_limit = count
+
     def candidates(self, size_bytes: int) -> Sequence[int]:
         """Return the choices for a call: `STREAM`, and numbers of stripes in ascending order."""
         most_count = min(
-            self._processors_count() // _PROCESSORS_PER_STRIPE, size_bytes // _MIN_STRIPE_BYTES
+            self._processors_count() // _PROCESSORS_PER_STRIPE,
+            size_bytes // _MIN_STRIPE_BYTES,
+            self._stripes_limit,
         )
         return (STREAM, *(count for count in _STRIPES_COUNTS if count <= most_count))
 

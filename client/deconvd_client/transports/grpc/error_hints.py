@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from deconvd.errors import DeadlineError, DeconvdError, ExhaustedError, UnavailableError
+from deconvd_client.calls.transport import TlsFailureError
+from deconvd_client.credentials import NO_CREDENTIALS, Credentials
 from deconvd_client.transports.grpc.proxies import Proxy
+from deconvd_client.transports.grpc.tls_failures import find_tls_failure
 
 __all__ = ["ErrorHints"]
 
@@ -31,10 +34,12 @@ class ErrorHints:
     Attributes:
         target: The target of the channel.
         proxy: The proxy of the channel; None if there is none.
+        credentials: Those of the channel.
     """
 
     target: str
     proxy: Proxy | None
+    credentials: Credentials = NO_CREDENTIALS
 
     def explain(self, error: DeconvdError) -> DeconvdError:
         """Return an error with a better message, or the error itself."""
@@ -47,6 +52,9 @@ class ErrorHints:
             return DeadlineError(why + self._proxy_hint())
         if isinstance(error, UnavailableError):
             text = str(error)
+            failure = find_tls_failure(text, self.target, self.credentials, self.proxy)
+            if failure:
+                return TlsFailureError(failure + self._proxy_hint())
             if _UNREACHABLE.search(text):
                 text = f"no server was reached: is deconvd-server running at {self.target}? {text}"
             text += self._proxy_hint()

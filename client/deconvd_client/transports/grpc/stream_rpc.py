@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
+from deconvd_client.credentials import CallMetadata
 from deconvd_client.transports.grpc.core import cygrpc
 
 __all__ = ["Metadata", "StreamRpc", "StreamRpcError"]
@@ -71,6 +72,7 @@ class StreamRpc(Iterator[bytes]):
         channel: A channel of gRPC's core.
         requests: The messages to send. Each is taken once the one before has left.
         timeout_s: Seconds until gRPC ends the call.
+        metadata: What the call carries beside its messages.
 
     The owner must call `close`, or gRPC never frees the call.
     """
@@ -81,13 +83,14 @@ class StreamRpc(Iterator[bytes]):
         path: str,
         requests: Iterator[bytes],
         timeout_s: float,
+        metadata: CallMetadata | None = None,
     ) -> None:
         self._requests = requests
         self._response: bytes | None = None
         self._status: Any = None
         self._has_half_closed = False
         begin = (
-            cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),
+            cygrpc.SendInitialMetadataOperation(metadata, _NO_FLAGS),
             cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),
         )
         batches = {

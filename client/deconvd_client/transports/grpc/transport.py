@@ -16,6 +16,8 @@ from deconvd.wire.grpc_status import error_from_rpc
 from deconvd.wire.ledger import ledger_from_metadata
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
+from deconvd_client.calls.responses import malformed_response, parse_response
+from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.transports.grpc.error_hints import ErrorHints
 from deconvd_client.transports.grpc.rpcs import RpcChannel
@@ -59,6 +61,8 @@ class GrpcTransport:
         """See `Transport`."""
         if overlapped_copy is not None:
             overlapped_copy.run()
+        if (span := current_call_span.get()) is not None:
+            span.is_direct = False
         try:
             response, metadata = self._rpcs.unary(_SERVICE_PATH + method, request, deadline)
         except _RPC_ERRORS as error:
@@ -68,6 +72,8 @@ class GrpcTransport:
     def stream(self, begin: Callable[[], StreamAttempt[_T]], deadline: Deadline) -> tuple[_T, str]:
         """See `Transport`."""
         attempt = begin()
+        if (span := current_call_span.get()) is not None:
+            span.is_direct = False
         # lazily: a message is taken once it can be sent, and only then are its elements copied
         messages = chain.from_iterable(map(part_messages, attempt.parts))
 
@@ -95,8 +101,11 @@ class GrpcTransport:
             data, _ = self._rpcs.unary(_HEALTH_PATH, request, deadline)
         except _RPC_ERRORS as error:
             raise self._translate(error) from None
-        response = health_pb2.HealthCheckResponse.FromString(data)
-        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        status = parse_response(health_pb2.HealthCheckResponse, data).status
+        names = health_pb2.HealthCheckResponse.ServingStatus
+        if status not in names.values():
+            raise malformed_response(health_pb2.HealthCheckResponse, f"its status is {status}")
+        return names.Name(status)
 
     def close(self, deadline: Deadline) -> None:
         """Close the channel. Calls under way end with CallCancelledError.

@@ -93,7 +93,13 @@ class CpuDevice:
             threads_count=self._team.threads_count,
             budget_bytes=self._budget_bytes,
             calls_count=self._team.threads_count,
+            has_wide_sums=True,
         )
+
+    @property
+    def waiting_since_s(self) -> float:
+        """Never: products are made of pieces, and calls are checked in between."""
+        return math.inf
 
     @property
     def caches(self) -> Sequence[CacheState]:

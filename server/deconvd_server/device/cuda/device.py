@@ -24,6 +24,7 @@ from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
 from deconvd_server.device.cuda.api.registered_pool import RegisteredPool
 from deconvd_server.device.cuda.api.runtime import (
     Stream,
+    card_waits,
     current_device,
     open_card,
     register_host,
@@ -219,6 +220,11 @@ class CudaDevice(CardTensors):
             pinned_bytes=lanes_count * PINNED_BYTES,
             host_buffers=self._host_arrays.cache_state,
         )
+
+    @property
+    def waiting_since_s(self) -> float:
+        """See `Device`: calls wait for the card, and so do searches for plans."""
+        return card_waits(self._card.ordinal).since_s
 
     @property
     def caches(self) -> Sequence[CacheState]:

@@ -55,6 +55,7 @@ class CudaStats:
             limit_bytes=self.plans_limit_bytes,
             hits_count=cache.hits_count,
             misses_count=cache.misses_count,
+            evictions_count=cache.evictions_count,
         )
 
     @property

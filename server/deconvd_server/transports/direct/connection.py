@@ -23,7 +23,6 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from deconvd.direct.busy_polling import BusyPolling
-from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.connection_errors import (
     ConnectionBrokenError,
     ConnectionClosedError,
@@ -42,7 +41,7 @@ from deconvd.direct.events import (
     StripeHead,
 )
 from deconvd.direct.frame_stream import FrameSource, FrameStream
-from deconvd.direct.protocol import DirectProtocol, ProtocolState, Role
+from deconvd.direct.protocol import ProtocolState
 from deconvd.errors import ExhaustedError
 from deconvd.wire.codec import Envelope, encode
 from deconvd.wire.stream_parts import PartReader
@@ -58,6 +57,7 @@ from deconvd_server.service.method import (
     ServerStreamingMethod,
     UnaryMethod,
 )
+from deconvd_server.transports.direct.greeter import GreetedClient
 from deconvd_server.transports.direct.last_caller import LastCaller
 from deconvd_server.transports.direct.stripe import Stripe
 from deconvd_server.transports.direct.transfers import TransferTable
@@ -70,8 +70,11 @@ __all__ = ["DirectConnection"]
 _FAILURE_SEND_S: Final = 5.0
 """How long a client may take, after its deadline, to receive the failure of its call."""
 
-_HANDSHAKE_S: Final = 10.0
-"""How long a client may take to send its handshake: a few bytes, over a slow network at worst."""
+_ABORT_SEND_S: Final = 0.2
+"""How long a client may take to receive that its call was aborted. The process is about to end."""
+
+_HELLO_SEND_S: Final = 10.0
+"""How long a client may take to receive the server's greeting: a few bytes, over a slow network at worst."""
 
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
@@ -93,11 +96,11 @@ class DirectConnection:
     Attributes:
         thread: The thread that serves it.
         descriptor: The descriptor of its socket.
+        caller_pass: Who the client is.
         peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
 
     Args:
-        stream: The connection. It is closed when this ends.
-        peer: The client, for the log.
+        client: The client, which has greeted. Its stream is closed when this ends.
         methods: The methods by their codes.
         transfers: The striped calls, shared by all direct connections of the server.
         instance: The server's id.
@@ -108,9 +111,7 @@ class DirectConnection:
 
     def __init__(
         self,
-        stream: SocketStream,
-        peer: str,
-        peer_key: str,
+        client: GreetedClient,
         methods: Mapping[MethodCode, RpcMethod],
         transfers: TransferTable,
         instance: bytes,
@@ -118,12 +119,17 @@ class DirectConnection:
         observers: Sequence[Observer],
         on_end: Callable[[DirectConnection], None],
     ) -> None:
-        self.descriptor = stream.descriptor
-        self.thread = threading.Thread(target=self._serve, name=f"direct {peer}", daemon=True)
-        self._stream = stream
-        self._frames = FrameStream(stream, DirectProtocol(Role.SERVER, instance))
-        self._peer = peer
-        self.peer_key = peer_key
+        self.descriptor = client.stream.descriptor
+        self.thread = threading.Thread(
+            target=self._serve, name=f"direct {client.peer}", daemon=True
+        )
+        self.caller_pass = client.caller_pass
+        self.peer_key = client.caller_pass.caller.peer_key
+        self._identity = client.caller_pass.caller.identity
+        self._stream = client.stream
+        self._frames = FrameStream(client.stream, client.protocol)
+        self._peer = client.peer
+        self._transport = client.transport
         self._methods = methods
         self._transfers = transfers
         self._instance = instance
@@ -137,6 +143,9 @@ class DirectConnection:
         self._is_cancelled = False
         self._call: CallContext | None = None
         self._stripe: Stripe | None = None
+        # Of one item while a call is under way that may be answered by one frame: who takes the item answers, this
+        # connection's thread or `abort`. To take it is atomic in the interpreter, and costs less than a lock.
+        self._unanswered: list[CallContext] = []
 
     @property
     def is_idle(self) -> bool:
@@ -147,7 +156,9 @@ class DirectConnection:
         """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""
         self._place = place
         place.is_idle = True
-        place.progressed_s = -math.inf  # until its handshake, it is the first to be preempted
+        place.progressed_s = (
+            -math.inf
+        )  # until it has greeted its client, it is the first to be preempted
         self.thread.start()
 
     def refuse(self) -> None:
@@ -173,9 +184,25 @@ class DirectConnection:
         if stripe is not None:
             stripe.cancel()
 
+    def abort(self, failure: status_pb2.Status) -> None:
+        """End the call under way with a failure, even if the thread that serves it hangs. Others break off.
+
+        Any thread may call this. A call in parts, and a striped one, may be amid a frame: its connection is closed.
+        """
+        try:
+            self._unanswered.pop()
+        except IndexError:
+            self._frames.shutdown()
+            return
+        self._frames.set_deadline(_ABORT_SEND_S)
+        try:
+            self._frames.send(CallFailure(failure))
+        except ConnectionBrokenError as error:
+            _log.debug("%s is not told of the failure: %s", self._peer, excerpt(error))
+
     def _serve(self) -> None:
         try:
-            self._accept_handshake()
+            self._greet()
             while self._serve_one():
                 pass
         except (ConnectionBrokenError, CallerGoneError) as error:
@@ -197,9 +224,8 @@ class DirectConnection:
             self._frames.close()
             self._place.free()
 
-    def _accept_handshake(self) -> None:
-        self._frames.set_deadline(_HANDSHAKE_S)
-        self._frames.next_event()
+    def _greet(self) -> None:
+        self._frames.set_deadline(_HELLO_SEND_S)
         self._frames.send(Hello(self._instance))
         self._frames.set_deadline(None)
         self._place.note_progress()
@@ -212,6 +238,9 @@ class DirectConnection:
             head, ProgressReport
         ):  # of an overlapped call that was answered before it came
             head = self._frames.next_event()
+        if not self.caller_pass.is_valid():
+            _log.info("%s may no longer call: its credentials have ended", self._peer)
+            raise ConnectionClosedError("its credentials have ended")
         if isinstance(head, StripeHead):
             self._serve_stripe(head)
             return self._end_call()
@@ -256,7 +285,9 @@ class DirectConnection:
     def _answer(self, head: CallHead | StripedCallHead) -> None:
         """Serve a call, and send its answer or its failure."""
         method = self._methods[head.method]
-        call = CallContext(head.timeout_s, self._peer, self.peer_key)
+        call = CallContext(
+            head.timeout_s, self._peer, self.peer_key, self._identity, self._transport
+        )
         call.sendable_bytes = MAX_MESSAGE_BYTES
         with self._lock:
             self._begin_call()
@@ -279,6 +310,7 @@ class DirectConnection:
                     ) from None
                 except ConnectionBrokenError as error:
                     raise CallerGoneError(str(error)) from error
+            self._unanswered.clear()
             if scope.failure is not None and not self._frames.protocol.is_idle:
                 self._send_failure(scope.failure)
         finally:
@@ -294,7 +326,13 @@ class DirectConnection:
                     progress = WriteProgress(self._frames, head.written_bytes)
                     call.client_wait, call.close_stream = progress, self._frames.shutdown
                     request = OverlappedRequest.of(request, progress)
-                self._send_answer(call, method.serve(request, call))
+                self._unanswered.append(call)
+                response = method.serve(request, call)
+                try:
+                    self._unanswered.pop()
+                except IndexError:
+                    raise CallerGoneError("the call was aborted") from None
+                self._send_answer(call, response)
                 return
             case ServerStreamingMethod():
                 parts = method.serve(method.decode_request(head.message), call)
@@ -322,10 +360,15 @@ class DirectConnection:
         ) as transfer:
             call.client_wait, call.close_stream = transfer, transfer.shutdown
             request = method.decode_request(head.message)
-            method.serve_striped(request, transfer, partial(self._send_answer, call), call)
+            method.serve_striped(
+                request, transfer, partial(self._send_answer, call, limits_stripes=True), call
+            )
 
-    def _send_answer(self, call: CallContext, response: Envelope[Message]) -> None:
-        self._frames.send(Answer(encode(response), call.ledger.as_text()))
+    def _send_answer(
+        self, call: CallContext, response: Envelope[Message], *, limits_stripes: bool = False
+    ) -> None:
+        stripes_limit = self._transfers.stripes_limit if limits_stripes else 0
+        self._frames.send(Answer(encode(response), call.ledger.as_text(), stripes_limit))
 
     def _reader(
         self, method: BidiStreamingMethod | ClientStreamingMethod, message: bytes

@@ -1,4 +1,4 @@
-"""Accepts direct connections, from this host and over TCP, and notices clients that go."""
+"""Serves direct connections, from this host and over TCP, and notices clients that go."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.events import MethodCode
-from deconvd.errors import UnavailableError
-from deconvd_server.call.context import STALL_LIMIT_S
+from deconvd.errors import DeconvdError, UnavailableError
+from deconvd.wire.status import status_from_error
+from deconvd_server.access.authenticator import Authenticator
+from deconvd_server.access.server_tls import ServerTls
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
-from deconvd_server.resources.peer_identity import peer_key_of_connection
-from deconvd_server.resources.unix_listener import SideSocket, peer_credentials
+from deconvd_server.resources.unix_listener import SideSocket
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
+from deconvd_server.transports.direct.greeter import GreetedClient, Greeter
 from deconvd_server.transports.direct.last_caller import LastCaller
 from deconvd_server.transports.direct.transfers import TransferTable
 from deconvd_server.transports.observers import Observer
@@ -33,21 +35,27 @@ _CONNECTIONS_COUNT: Final = 256
 _RESERVED_CONNECTIONS_COUNT: Final = 32
 """How many of them are for peers that have none: as many as may well come at once while one peer has all the others."""
 
+_CHECK_PERIOD_S: Final = 1.0
+"""How often idle connections of clients that may no longer call are closed."""
+
 _log = logging.getLogger(__name__)
 
 
 class DirectServer:
-    """Serves direct calls. Each connection has a thread; one more thread accepts them and notices clients that go.
+    """Serves direct calls. Each connection has a thread; one more accepts and greets them, and notices clients that go.
 
     Peers share the connections (`deconvd_server.resources.fair_shares`): when there are too many, one of the peer that
     has most is closed, an idle one if there is one. If nothing can be closed, the new connection is: its client then
-    calls by gRPC.
+    calls by gRPC. A client that may no longer call, since its token was revoked, say, loses its connection: by gRPC it
+    hears why.
 
     Args:
         sides: Sockets that listen for processes of this host. Every process that may open them is served.
         listeners: Sockets that listen for TCP connections. This object closes them, and those of `sides`.
         methods: The methods by their names.
         instance: The server's id.
+        authenticator: Says who clients are.
+        tls: How connections by TCP are encrypted; None if they are not.
         observers: They are told of every call.
         on_lost: Called with the name of what is lost, if an unforeseen error ends the thread that accepts connections.
     """
@@ -58,6 +66,8 @@ class DirectServer:
         listeners: Sequence[socket.socket],
         methods: Mapping[str, RpcMethod],
         instance: bytes,
+        authenticator: Authenticator,
+        tls: ServerTls | None,
         observers: Sequence[Observer],
         on_lost: Callable[[str], None],
     ) -> None:
@@ -73,7 +83,16 @@ class DirectServer:
         self._transfers = TransferTable(self._close_idle)
         self._is_withdrawn = False
         self._is_clean = True  # no call was cut short
-        self._listener = Listener("direct connections", sides, listeners, self._accept, on_lost)
+        self._listener = Listener(
+            "direct connections",
+            sides,
+            listeners,
+            self._greet,
+            on_lost,
+        )
+        self._greeter = Greeter(self._listener, authenticator, tls, instance, self._admit)
+        if not authenticator.is_open:
+            self._listener.call_later(_CHECK_PERIOD_S, self._close_invalid)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
         self._thread.start()
 
@@ -90,6 +109,12 @@ class DirectServer:
         for connection in self._all_connections():
             self._is_clean &= connection.is_idle
             connection.cancel()
+
+    def abort(self, error: DeconvdError) -> None:
+        """End the calls under way with an error, from another thread: their own may hang for good."""
+        failure = status_from_error(error)
+        for connection in self._all_connections():
+            connection.abort(failure)
 
     def close(self, timeout_s: float) -> bool:
         """Withdraw, and wait until no call is under way. After `timeout_s`, cancel those that still are.
@@ -109,8 +134,14 @@ class DirectServer:
             connection.thread.join()
         self._listener.stop()
         self._thread.join()
+        self._greeter.close()
         self._listener.close()
         return self._is_clean
+
+    @property
+    def connections_count(self) -> int:
+        """How many direct connections there are."""
+        return len(self._connections)
 
     def _close_idle(self) -> None:
         """Close the connections that are idle, and others once they are. Those that may become stripes stay."""
@@ -128,13 +159,20 @@ class DirectServer:
         self._listener.unwatch(connection.descriptor)
         connection.cancel()
 
-    def _accept(self, accepted: socket.socket, address: Any) -> None:
-        peer = _describe_peer(accepted, address)
-        peer_key = peer_key_of_connection(accepted, address)
+    def _greet(self, connection: socket.socket, address: Any) -> None:
+        self._greeter.begin(connection, address)
+
+    def _close_invalid(self) -> None:
+        """Close idle connections of clients that may no longer call, before such a client tries to."""
+        for connection in self._all_connections():
+            if not connection.caller_pass.is_valid():
+                connection.close_when_idle()
+        self._listener.call_later(_CHECK_PERIOD_S, self._close_invalid)
+
+    def _admit(self, client: GreetedClient) -> None:
+        """Give a client a place and a thread, or close its connection."""
         connection = DirectConnection(
-            SocketStream(accepted, stall_limit_s=STALL_LIMIT_S),
-            peer,
-            peer_key,
+            client,
             self._methods,
             self._transfers,
             self._instance,
@@ -143,16 +181,19 @@ class DirectServer:
             self._forget,
         )
         try:
-            place = self._shares.take(peer_key, connection.cancel)
+            place = self._shares.take(connection.peer_key, connection.cancel)
         except UnavailableError as error:
-            _log.info("%s is not served directly: %s", peer, error)
-            accepted.close()
+            key = {REPEAT_KEY: (__name__, str(error))}
+            _log.info("%s is not served directly: %s", client.peer, error, extra=key)
+            connection.refuse()
             return
         try:
             self._start_connection(connection, place)
-        except BaseException:
+        except (OSError, RuntimeError, MemoryError) as error:  # no threads or descriptors are left
+            self._listener.unwatch(connection.descriptor)
             place.free()
-            raise
+            connection.refuse()
+            self._listener.pause(error)
 
     def _start_connection(self, connection: DirectConnection, place: PeerPlace) -> None:
         with self._lock:
@@ -170,11 +211,3 @@ class DirectServer:
         with self._lock:
             self._listener.unwatch(connection.descriptor)
             self._connections.pop(connection.descriptor)
-
-
-def _describe_peer(connection: socket.socket, address: Any) -> str:
-    """Return the client's address, for the log."""
-    if connection.family == socket.AF_UNIX:
-        return f"unix: {peer_credentials(connection)}"
-    host, port = address[:2]
-    return f"tcp: {host}:{port}"

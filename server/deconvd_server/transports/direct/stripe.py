@@ -73,15 +73,15 @@ class Stripe:
             if not isinstance(event, PieceHead):
                 raise transfer.refuse("elements of a striped call must follow a PIECE frame")
             number = event.number
-            size_bytes, buffers = transfer.begin_landing(number)
             elements = frames.next_event()
-            if not isinstance(elements, PendingElements) or elements.size_bytes != size_bytes:
+            if not isinstance(elements, PendingElements):
                 raise transfer.refuse(
-                    f"piece {number} of a striped call must have {size_bytes} bytes in one ELEMENTS frame"
+                    f"the elements of piece {number} of a striped call must follow its PIECE frame"
                 )
+            count, buffers = transfer.begin_landing(number, elements.size_bytes)
             for buffer in buffers:
                 frames.read_into_buffer(buffer)
-            transfer.note_landed(number)
+            transfer.note_landed(number, count)
         member.is_transferring = False
         transfer.end_landing()
 

@@ -9,7 +9,7 @@ Threads meet here: one serves the call, and one serves each stripe. They wait fo
 object, and hold it for neither I/O nor the copying of elements.
 
     the call's thread       receive_into, then wait_for as operands arrive; send_from, note_written, finish, end
-    a stripe's thread       wait_until_open, then for each piece: begin_landing and note_landed; end_landing, then
+    a stripe's thread       wait_until_open, then for each run: begin_landing and note_landed; end_landing, then
                             take_result until it returns None
 """
 
@@ -24,15 +24,13 @@ from enum import Enum
 from typing import Final
 
 from deconvd.direct.connection_errors import ConnectionBrokenError, ConnectionClosedError
-from deconvd.direct.pieces import PIECE_BYTES, PieceSpace
+from deconvd.direct.pieces import PieceSpace, run_length
 from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext, ClientWait
+from deconvd_server.transports.direct.landing import LandingPieces, WrongRunError
 
 __all__ = ["STRIPE_WAIT_S", "StripeMember", "StripedTransfer", "TransferState"]
-
-_ABSENT, _LANDING, _LANDED = range(3)
-"""How far a piece of the operands is."""
 
 STRIPE_WAIT_S: Final = 10.0
 """How long a stripe and its call wait for each other. Clients send both at once."""
@@ -84,11 +82,7 @@ class StripedTransfer:
         self._lacking_count = 0  # stripes of the call that have not joined
         self._landing_count = 0  # stripes of the call that have more to receive, as far as is known
         self._opened_s = self._progressed_s = math.inf
-        self._operands: PieceSpace | None = None
-        self._pieces = bytearray()  # how far each piece of the operands is
-        self._landed_count = 0
-        self._prefix_count = 0  # pieces that have landed with all before them
-        self._landed_bytes = 0  # in those
+        self._operands: LandingPieces | None = None
         self._awaited_bytes = 0  # what the thread that computes waits for
         self._results: PieceSpace | None = None
         self._result_sizes: list[int] = []
@@ -96,6 +90,8 @@ class StripedTransfer:
         self._written_bytes = 0  # of the results, from their begin without a gap
         self._is_computed = False
         self._taken_count = 0  # pieces of results that stripes have taken to send
+        self._run_length = 1  # how many of them are taken at once, if so many are written
+        self._stripes_count = 1
 
     # For the registry
 
@@ -113,6 +109,7 @@ class StripedTransfer:
                 del self._members[member]
             self._lacking_count = stripes_count - len(self._members)
             self._landing_count = stripes_count
+            self._stripes_count = stripes_count
             self._opened_s = time.monotonic()
             self._changed.notify_all()
         call.on_cancel(self._break)
@@ -137,7 +134,8 @@ class StripedTransfer:
         with self._changed:
             if self._members.pop(member, member) is None:
                 self._progressed_s = time.monotonic()
-                self._changed.notify_all()
+                if not self._members:  # `finish` and `end` wait for that, and for none alone
+                    self._changed.notify_all()
             return self.state is TransferState.EXPECTED and not self._members
 
     def expire(self) -> None:
@@ -156,25 +154,26 @@ class StripedTransfer:
 
     def receive_into(self, arrays: Sequence[Array]) -> StripedTransfer:
         """See `StripedElements`."""
-        space = PieceSpace(arrays)
+        operands = LandingPieces(arrays)
         with self._changed:
-            self._operands = space
-            self._pieces = bytearray(space.pieces_count)
+            self._operands = operands
             self._progressed_s = time.monotonic()
             self._changed.notify_all()
         return self
 
     def wait_for(self, size_bytes: int, timeout_s: float) -> bool:
         """See `ArrivalProgress`. Raises as `CallContext.check`, or UnavailableError if stripes do not come."""
-        if self._landed_bytes >= size_bytes:
+        operands = self._operands
+        assert operands is not None, "the call has not begun to receive"
+        if operands.landed_bytes >= size_bytes:
             return True
         with self._arrived:
             self._awaited_bytes = size_bytes
             self._arrived.wait_for(
-                lambda: self._landed_bytes >= size_bytes or self.state is not TransferState.OPEN,
+                lambda: operands.landed_bytes >= size_bytes or self.state is not TransferState.OPEN,
                 timeout_s,
             )
-            if self._landed_bytes >= size_bytes:
+            if operands.landed_bytes >= size_bytes:
                 return True
             self._check_stripes()
         self._open_call.check()
@@ -185,6 +184,7 @@ class StripedTransfer:
         space = PieceSpace(arrays)
         with self._changed:
             self._results = space
+            self._run_length = run_length(self._stripes_count, space.pieces_count)
             self._result_sizes = [array.nbytes for array in arrays]
             self._written_sizes = [0] * len(arrays)
             self._changed.notify_all()
@@ -193,7 +193,8 @@ class StripedTransfer:
         """See `StripedElements`."""
         with self._changed:
             self._written_sizes[index] = size_bytes
-            before_count = self._written_bytes // PIECE_BYTES
+            assert self._results is not None
+            before_count = self._results.count_before(self._written_bytes)
             self._written_bytes = 0
             for written_bytes, result_bytes in zip(
                 self._written_sizes, self._result_sizes, strict=True
@@ -201,7 +202,7 @@ class StripedTransfer:
                 self._written_bytes += written_bytes
                 if written_bytes < result_bytes:
                     break
-            if self._are_results_written() or self._written_bytes // PIECE_BYTES > before_count:
+            if self._results.count_before(self._written_bytes) > before_count:
                 self._changed.notify_all()
 
     def finish(self) -> None:
@@ -276,35 +277,30 @@ class StripedTransfer:
                 self._check_open()
                 self._changed.wait()
 
-    def begin_landing(self, number: int) -> tuple[int, list[memoryview]]:
-        """Return the size of a piece of operands that comes next, and where to put it.
+    def begin_landing(self, number: int, size_bytes: int) -> tuple[int, list[memoryview]]:
+        """Return how many pieces of operands a run has that comes next, and where to put it.
 
-        Raises ConnectionClosedError if the call has ended, or the piece must not come.
+        Args:
+            number: The first of them.
+            size_bytes: The size of the run.
+
+        Raises ConnectionClosedError if the call has ended, or the run must not come.
         """
         with self._lock:
             self._check_open()
             assert self._operands is not None
-            if number < len(self._pieces) and self._pieces[number] == _ABSENT:
-                self._pieces[number] = _LANDING
-                return self._operands.piece_bytes(number), self._operands.buffers(number)
-            count = len(self._pieces)
-        reason = "has come before" if number < count else f"is none of the {count} of the operands"
-        raise self.refuse(f"each piece of a striped call must come once: piece {number} {reason}")
+            try:
+                return self._operands.begin(number, size_bytes)
+            except WrongRunError as error:
+                reason = f"each piece of a striped call must come once: {error}"
+        raise self.refuse(reason)
 
-    def note_landed(self, number: int) -> None:
-        """Note that a piece of operands has landed."""
+    def note_landed(self, number: int, count: int) -> None:
+        """Note that a run of pieces of operands has landed."""
         with self._lock:
-            self._pieces[number] = _LANDED
-            self._landed_count += 1
-            if number != self._prefix_count:
-                return
-            pieces, prefix_count = self._pieces, number + 1
-            while prefix_count < len(pieces) and pieces[prefix_count] == _LANDED:
-                prefix_count += 1
             assert self._operands is not None
-            self._prefix_count = prefix_count
-            self._landed_bytes = min(prefix_count * PIECE_BYTES, self._operands.size_bytes)
-            if self._landed_bytes >= self._awaited_bytes:
+            self._operands.note_landed(number, count)
+            if self._operands.landed_bytes >= self._awaited_bytes:
                 self._arrived.notify()
 
     def end_landing(self) -> None:
@@ -312,16 +308,22 @@ class StripedTransfer:
         with self._lock:
             self._landing_count -= 1
             self._progressed_s = time.monotonic()
-            lacking_count = len(self._pieces) - self._landed_count
+            assert self._operands is not None
+            pieces_count, lacking_count = (
+                self._operands.pieces_count,
+                self._operands.lacking_count,
+            )
             if self._landing_count or not lacking_count:
                 return
         raise self.refuse(
             f"a striped call must have all pieces of its operands: {lacking_count} of "
-            f"{len(self._pieces)} have not come"
+            f"{pieces_count} have not come"
         )
 
     def take_result(self) -> tuple[int, list[memoryview]] | None:
-        """Wait until another piece of the results is final; return its number and where it is. None if all are taken.
+        """Wait until more pieces of the results are final. Return the number of the first, and where a run of them is.
+
+        Return None if all are taken.
 
         Raises ConnectionClosedError once the call has ended.
         """
@@ -333,10 +335,11 @@ class StripedTransfer:
                     number = self._taken_count
                     if number == results.pieces_count:
                         return None
-                    end_bytes = number * PIECE_BYTES + results.piece_bytes(number)
-                    if end_bytes <= self._written_bytes:
-                        self._taken_count += 1
-                        return number, results.buffers(number)
+                    written_count = results.count_before(self._written_bytes) - number
+                    if written_count:
+                        count = min(written_count, self._run_length)
+                        self._taken_count += count
+                        return number, results.buffers(number, count)
                 self._changed.wait()
 
     def drop(self, member: StripeMember) -> None:
@@ -371,10 +374,9 @@ class StripedTransfer:
         return self._call
 
     def _has_landed(self) -> bool:
-        return self._operands is not None and self._landed_bytes == self._operands.size_bytes
-
-    def _are_results_written(self) -> bool:
-        return self._results is not None and self._written_bytes == self._results.size_bytes
+        return (
+            self._operands is not None and self._operands.landed_bytes == self._operands.size_bytes
+        )
 
     def _check_stripes(self) -> None:
         """Raise UnavailableError if stripes should have come long ago: the client may not know that one has broken."""

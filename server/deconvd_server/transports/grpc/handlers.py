@@ -20,9 +20,9 @@ from deconvd.errors import DeadlineError, DeconvdError, InvalidArgumentError, Un
 from deconvd.wire.chunks import ChunkSource
 from deconvd.wire.codec import encode
 from deconvd.wire.status import status_from_error
+from deconvd.wire.trace_context import TRACEPARENT, TRACESTATE
 from deconvd_server.call.context import STALL_LIMIT_S, CallContext, CallerGoneError, ClientWaitState
 from deconvd_server.resources.fair_shares import FairShares
-from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.service.method import (
     BidiStreamingMethod,
@@ -58,6 +58,10 @@ count for little."""
 _SLOWEST_BYTES_PER_S: Final = 1e6
 """How fast a large answer must leave, as over a network of 8 Mbit/s, after the time for which any call may stall. gRPC
 does not tell how much of an answer has left, only when all of it has."""
+
+_REQUEST_ID_KEY: Final = "x-request-id"
+
+_TRACE_KEYS: Final = frozenset({TRACEPARENT, TRACESTATE})
 
 _POLL_PERIOD_S: Final = 1.0
 """How often the server looks for calls that have sent no message in time."""
@@ -99,6 +103,7 @@ class GrpcService:
         self._awaiting_message: dict[
             Rpc, float
         ] = {}  # with the time when each came, the oldest first
+        self._running: dict[Rpc, None] = {}
         self._unanswered: list[Rpc] = []  # calls that came after `close` and before `refuse`
         self._is_refusing = False
         self._changed = threading.Condition()
@@ -126,6 +131,13 @@ class GrpcService:
         self._is_refusing = True
         for rpc in [*self._unanswered, *self._awaiting_message]:
             rpc.fail(status_from_error(_DRAINING))
+
+    def abort(self, error: DeconvdError) -> None:
+        """End all calls with an error, even if their workers hang, and refuse later ones with it."""
+        self._refusal = error
+        failure = status_from_error(error)
+        for rpc in [*self._running.copy(), *self._awaiting_message.copy()]:
+            rpc.fail(failure)
 
     @property
     def calls_count(self) -> int:
@@ -184,10 +196,13 @@ class GrpcService:
         if self._refusal is not None:
             self._refuse(rpc, self._refusal)
             return
-        call = CallContext(rpc.remaining_s, rpc.peer, peer_key_of_grpc(rpc.peer))
+        caller = rpc.caller
+        call = CallContext(rpc.remaining_s, rpc.peer, caller.peer_key, caller.identity, "grpc")
         call.client_wait, call.close_stream = ClientWaitState(), rpc.cancel
+        _note_metadata(rpc, call)
         self._count(1)
-        rpc.on_close = partial(self._end_call, call)
+        self._running[rpc] = None
+        rpc.on_close = partial(self._end_call, rpc, call)
         rpc.on_done = call.end
         method = self._methods[name]
         scope = CallScope(method.name, call, self._observers)
@@ -197,7 +212,9 @@ class GrpcService:
             else:
                 self._submit(method, first, rpc, scope)
         except UnavailableError as error:
-            rpc.fail(status_from_error(error))
+            with scope:  # observers are told of it, too
+                raise error
+            _finish(rpc, scope)
 
     def _submit(
         self,
@@ -237,8 +254,9 @@ class GrpcService:
             end()
             raise
 
-    def _end_call(self, call: CallContext) -> None:
+    def _end_call(self, rpc: Rpc, call: CallContext) -> None:
         """Note that the caller has gone, or has received its answer."""
+        self._running.pop(rpc, None)
         self._count(-1)
         call.cancel()
 
@@ -247,6 +265,19 @@ class GrpcService:
             self._calls_count += more_count
             if not self._calls_count:
                 self._changed.notify_all()
+
+
+def _note_metadata(rpc: Rpc, call: CallContext) -> None:
+    """Note what a call's metadata say about it for logs and traces. What its request says comes first."""
+    trace: dict[str, str] = {}
+    for key, value in rpc.metadata:
+        if key == _REQUEST_ID_KEY:
+            call.set_request_id(str(value))
+        elif key in _TRACE_KEYS:
+            # several headers of one name are one with commas, which no traceparent is
+            trace[key] = f"{trace[key]},{value!s}" if key in trace else str(value)
+    if trace:
+        call.set_trace_context(trace.get(TRACEPARENT, ""), trace.get(TRACESTATE, ""))
 
 
 def _serve_unary(method: UnaryMethod, data: bytes | None, rpc: Rpc, scope: CallScope) -> None:

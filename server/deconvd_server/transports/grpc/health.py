@@ -13,7 +13,10 @@ from grpc_health.v1 import health, health_pb2
 
 from deconvd_server.transports.grpc.rpc import Rpc
 
-__all__ = ["Health"]
+__all__ = ["LIVENESS", "Health"]
+
+LIVENESS: Final = "liveness"
+"""The name of a service that is always SERVING. Whoever gets no answer about it knows that the process hangs."""
 
 _LARGEST_BYTES: Final = 4096
 """More than the name of any service takes. A larger message is not parsed: that would hold up gRPC's thread."""
@@ -26,6 +29,9 @@ _UNKNOWN: Final = _Status(status=_Status.SERVICE_UNKNOWN).SerializeToString()
 
 class Health:
     """The standard health service for a server and some of its services. Thread-safe.
+
+    Their health says whether the server is ready for calls. That of `LIVENESS` says that the process is alive, also
+    while it starts or drains: an orchestrator that restarted it for that would cut its calls short.
 
     Attributes:
         handlers: The handlers by the methods' paths. See `Handlers`.
@@ -45,6 +51,11 @@ class Health:
             f"{prefix}Check": lambda rpc: rpc.receive(partial(self._check, rpc)),
             f"{prefix}Watch": lambda rpc: rpc.receive(partial(self._watch, rpc)),
         }
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it reports SERVING."""
+        return self._is_serving
 
     def set_serving(self, is_serving: bool) -> None:
         """Report SERVING or NOT_SERVING for all."""
@@ -67,6 +78,8 @@ class Health:
             rpc.fail_with(grpc.StatusCode.CANCELLED, "the server is draining")
 
     def _answer(self, service: str) -> bytes:
+        if service == LIVENESS:
+            return _SERVING
         if service not in self._services:
             return _UNKNOWN
         return _SERVING if self._is_serving else _NOT_SERVING

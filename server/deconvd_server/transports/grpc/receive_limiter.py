@@ -23,7 +23,6 @@ from typing import Final
 from deconvd.errors import UnavailableError
 from deconvd.host.malloc import allocated_bytes
 from deconvd.wire.status import status_from_error
-from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 
 __all__ = ["ReceiveLimiter"]
@@ -102,7 +101,7 @@ class ReceiveLimiter:
         """
         self._budgeted_bytes = budgeted_bytes
         self._pooled_bytes = pooled_bytes
-        self._rest_bytes = math.inf
+        self._rest_bytes = allocated_bytes() - budgeted_bytes()
         self._skipped_count = _IDLE_CHECKS_COUNT
 
     def check(self) -> None:
@@ -126,9 +125,12 @@ class ReceiveLimiter:
 
     def _room_bytes(self) -> float:
         """Return the memory that messages may still take; negative if they take too much."""
-        uncounted_bytes = allocated_bytes() - self._budgeted_bytes()
-        # The least that was ever seen is what the process takes without any message.
-        self._rest_bytes = min(self._rest_bytes, uncounted_bytes)
+        budgeted_bytes = self._budgeted_bytes()
+        uncounted_bytes = allocated_bytes() - budgeted_bytes
+        # The least that was ever seen is what the process takes without any message. Budgets count memory before it is
+        # allocated, which would make that too little: so it is seen only while they count none.
+        if not budgeted_bytes:
+            self._rest_bytes = min(self._rest_bytes, uncounted_bytes)
         return self._rest_bytes + self._pooled_bytes + self._bound_bytes - uncounted_bytes
 
     def _make_room(self) -> None:
@@ -187,7 +189,7 @@ def _slowest_peer(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
     """Return the peer for whose messages the server has waited longest, and the older half of its calls."""
     by_peer: dict[str, list[Rpc]] = defaultdict(list)
     for rpc in rpcs:
-        by_peer[peer_key_of_grpc(rpc.peer)].append(rpc)
+        by_peer[rpc.caller.peer_key].append(rpc)
     now_s = time.monotonic()
     peer = max(
         by_peer,

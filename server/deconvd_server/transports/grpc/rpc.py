@@ -19,6 +19,10 @@ import grpc
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from deconvd.errors import UnauthenticatedError
+from deconvd_server.access.authenticator import Caller
+from deconvd_server.access.caller_proof import CallerProof
+from deconvd_server.resources.peer_identity import peer_key_of_grpc
 from deconvd_server.transports.grpc.core import cygrpc
 
 __all__ = ["CallLater", "Metadata", "Rpc"]
@@ -44,6 +48,8 @@ class Rpc:
     Attributes:
         path: The path of its method.
         peer: The caller's address, in gRPC's form.
+        metadata: What the caller has sent with the call.
+        caller: Who the caller is.
         call_later: Calls a function in gRPC's thread after a number of seconds.
         on_close: Called once the caller has gone, or has received the whole answer.
         is_closed: Whether that has happened.
@@ -76,7 +82,10 @@ class Rpc:
         self._has_begun_to_answer = False
         self._is_over = False
         self._receive_batch: weakref.ref[Callable[[Any], None]] | None = None
+        self.metadata: Metadata = event.invocation_metadata
+        self._proof: CallerProof | None = None
         self.peer: str = self._call.peer().decode(errors="replace")
+        self.caller = Caller("", peer_key_of_grpc(self.peer))
         close = cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS)
         self._start((close,), partial(self._finish_batch, self._close, False))
 
@@ -90,6 +99,16 @@ class Rpc:
         """Seconds until its deadline; None if it has none."""
         remaining_s = self._deadline_s - time.time()
         return max(remaining_s, 0.0) if remaining_s < _LONGEST_S else None
+
+    def authenticate(self, proof: CallerProof) -> None:
+        """Set the caller to the one that a proof proves. Raises UnauthenticatedError if it proves none."""
+        self.caller = proof.identify()
+        self._proof = proof
+
+    def check_caller(self) -> None:
+        """Return if the caller still is who it was. Raises UnauthenticatedError if its token was revoked, say."""
+        if self._proof is not None and self._proof.identify() != self.caller:
+            raise UnauthenticatedError("the token of the call belongs to somebody else by now")
 
     def receive(self, then: Callable[[bytes | None], object]) -> None:
         """Call `then` with the next message; with None if there are no more, or the call has ended."""

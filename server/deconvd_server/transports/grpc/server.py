@@ -1,4 +1,7 @@
-"""The gRPC server: one thread takes the events of gRPC's queue, which are new calls and finished batches. See `rpc`."""
+"""The gRPC server: one thread takes the events of gRPC's queue, which are new calls and finished batches. See `rpc`.
+
+A call whose caller is not known is refused before anything is received of it, whatever its method.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
+from deconvd.errors import UnauthenticatedError
 from deconvd.wire.grpc_options import GRPC_OPTIONS
-from deconvd_server.resources.descriptors import connections_count
+from deconvd.wire.status import status_from_error
+from deconvd_server.transports.grpc.callers import CallerReader
 from deconvd_server.transports.grpc.core import cygrpc
-from deconvd_server.transports.grpc.receive_limiter import ReceiveLimiter
 from deconvd_server.transports.grpc.rpc import Rpc
 
 __all__ = ["GrpcServer", "Handlers"]
@@ -31,8 +35,14 @@ _STREAMS_COUNT: Final = 512
 """How many calls one connection may have under way; the client holds further ones back. It is large because a proxy
 carries the calls of many clients on one connection."""
 
+_HANDSHAKE_S: Final = 10.0
+"""How long a connection may take for its handshakes, of TLS and of HTTP/2: several round trips on any network."""
+
+_LAST_CALLS_S: Final = 1.0
+"""How long the calls of a connection that has lasted long enough may take to end."""
+
 _DRAIN_EVENTS_S: Final = 0.05
-"""How long `_drain_events` takes events at most: while it does, new ones may come without end."""
+"""How long `drain_events` takes events at most: while it does, new ones may come without end."""
 
 _LOOKAHEAD_OPTION: Final = "grpc.http2.lookahead_bytes"
 
@@ -56,20 +66,29 @@ class GrpcServer:
     """Serves calls by gRPC, in a thread of its own.
 
     Attributes:
-        receive_limiter: Limits the memory of messages that are still arriving.
+        rpcs: The calls that are not done.
 
     Args:
         handlers: The handlers of all methods.
+        callers: Reads who makes a call.
         max_message_bytes: The largest message that it receives or sends.
         arriving_bytes: The memory that messages may take before their calls are admitted.
+        connections_count: How many connections it may have.
+        streams_count: How many calls one connection may have under way.
+        connection_age_s: How long a connection may last, with or without calls; None for as long as its client likes.
         on_lost: Called if the thread ends without being stopped.
     """
 
     def __init__(
         self,
         handlers: Handlers,
+        callers: CallerReader,
+        *,
         max_message_bytes: int,
         arriving_bytes: int,
+        connections_count: int,
+        streams_count: int = _STREAMS_COUNT,
+        connection_age_s: float | None = None,
         on_lost: Callable[[], None],
     ) -> None:
         unasked_bytes = min(
@@ -78,22 +97,29 @@ class GrpcServer:
         options: Sequence[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.max_concurrent_streams", _STREAMS_COUNT),
-            ("grpc.max_allowed_incoming_connections", connections_count()),
+            ("grpc.max_concurrent_streams", streams_count),
+            ("grpc.max_allowed_incoming_connections", connections_count),
+            ("grpc.server_handshake_timeout_ms", int(_HANDSHAKE_S * 1000)),
             *(option for option in GRPC_OPTIONS if option[0] != _LOOKAHEAD_OPTION),
             (_LOOKAHEAD_OPTION, unasked_bytes),
             # Otherwise a second server could share the port, and nobody would notice.
             ("grpc.so_reuseport", 0),
         ]
+        if connection_age_s is not None:
+            age_ms = int(connection_age_s * 1000)
+            options = [
+                *options,
+                ("grpc.max_connection_age_ms", age_ms),
+                ("grpc.max_connection_age_grace_ms", int(_LAST_CALLS_S * 1000)),
+            ]
         self._handlers = handlers
+        self._callers = callers
+        self._credentials: list[Any] = []  # gRPC's core refers to them, but does not hold them
         self._on_lost = on_lost
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(options, False)
         self._server.register_completion_queue(self._queue)
-        self._rpcs: set[Rpc] = set()
-        self.receive_limiter = ReceiveLimiter(
-            self._rpcs, arriving_bytes, self.call_later, self._drain_events
-        )
+        self.rpcs: set[Rpc] = set()
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -103,7 +129,15 @@ class GrpcServer:
 
     def add_insecure_port(self, address: str) -> int:
         """Listen on an address; return its port. Raises RuntimeError if gRPC cannot."""
-        port: int = self._server.add_http2_port(address.encode())
+        return self._add_port(address)
+
+    def add_secure_port(self, address: str, server_credentials: Any) -> int:
+        """Do the same, with TLS. See `deconvd_server.transports.grpc.tls`."""
+        self._credentials.append(server_credentials)
+        return self._add_port(address, server_credentials)
+
+    def _add_port(self, address: str, *credentials: Any) -> int:
+        port: int = self._server.add_http2_port(address.encode(), *credentials)
         if not port:
             raise RuntimeError(f"gRPC cannot listen on {address}")
         return port
@@ -113,7 +147,6 @@ class GrpcServer:
         self._server.start()
         for _ in range(_ACCEPT_BACKLOG_COUNT):
             self._request_call()
-        self.receive_limiter.check()
         self._thread.start()
 
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
@@ -121,6 +154,15 @@ class GrpcServer:
         entry = (time.monotonic() + delay_s, next(self._numbers), work)
         with self._lock:
             heapq.heappush(self._timers, entry)
+
+    def drain_events(self) -> None:
+        """Take the events that have come already, in the midst of handling one. For gRPC's thread."""
+        until_s = time.monotonic() + _DRAIN_EVENTS_S
+        while time.monotonic() < until_s:
+            event = self._queue.poll(time.time())
+            if event.completion_type == cygrpc.CompletionType.queue_timeout:
+                break
+            event.tag(event)
 
     def stop_accepting(self) -> None:
         """Take no more calls, and tell clients to connect elsewhere. Calls under way go on."""
@@ -146,7 +188,7 @@ class GrpcServer:
     def _run(self) -> None:
         """Take one event after the other until the server has shut down and its last call is done."""
         try:
-            while self._rpcs or not self._has_shut_down:
+            while self.rpcs or not self._has_shut_down:
                 self._take_events()
             self._queue.shutdown()
             while self._queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
@@ -163,7 +205,7 @@ class GrpcServer:
         """
         event: Any = None
         try:
-            while self._rpcs or not self._has_shut_down:
+            while self.rpcs or not self._has_shut_down:
                 wait_s = _TICK_S
                 if self._timers:
                     wait_s = min(wait_s, max(self._timers[0][0] - time.monotonic(), 0))
@@ -178,15 +220,6 @@ class GrpcServer:
             self._request_call()  # the event of a new call may have been lost, and with it a request
         except Exception:  # noqa: BLE001 - logged: one call's error must not end all
             _log.exception("unforeseen error in gRPC's thread")
-
-    def _drain_events(self) -> None:
-        """Take the events that have come already, in the midst of handling one."""
-        until_s = time.monotonic() + _DRAIN_EVENTS_S
-        while time.monotonic() < until_s:
-            event = self._queue.poll(time.time())
-            if event.completion_type == cygrpc.CompletionType.queue_timeout:
-                break
-            event.tag(event)
 
     def _run_due_timers(self) -> None:
         now_s = time.monotonic()
@@ -203,8 +236,15 @@ class GrpcServer:
         self._request_call()
         if not event.success:  # the server stops: gRPC gives back what was asked for
             return
-        rpc = Rpc(event, self.call_later, self._rpcs.discard)
-        self._rpcs.add(rpc)
+        rpc = Rpc(event, self.call_later, self.rpcs.discard)
+        self.rpcs.add(rpc)
+        if not self._callers.is_open:
+            try:
+                rpc.authenticate(self._callers.read(event.call, rpc.metadata, rpc.peer))
+            except UnauthenticatedError as error:
+                self._callers.note_refusal(rpc.path, rpc.peer, error)
+                rpc.fail(status_from_error(error))
+                return
         self._handlers.get(rpc.path, _refuse)(rpc)
 
     def _fail_lost_receives(self) -> None:
@@ -214,7 +254,7 @@ class GrpcServer:
         would ever answer these calls.
         """
         _log.warning("there is no memory for a message that has arrived by gRPC")
-        for rpc in list(self._rpcs):
+        for rpc in list(self.rpcs):
             if rpc.drop_lost_receive():
                 rpc.fail_with(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,

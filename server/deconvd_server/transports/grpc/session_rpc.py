@@ -12,7 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from deconvd.errors import CallCancelledError, InvalidArgumentError, UnavailableError
+from deconvd.errors import (
+    CallCancelledError,
+    InvalidArgumentError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from deconvd_server.call.context import CallerGoneError
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.service.method import SessionHandler, SessionMethod
@@ -61,6 +66,11 @@ class SessionRpc:
         """Have a worker handle the next message, or the end of the messages."""
         if data is None:
             self._rpc.call_later(_BREAK_S, partial(self._submit, self._close))
+            return
+        try:
+            self._rpc.check_caller()
+        except UnauthenticatedError as error:
+            self._end(error)
         else:
             self._submit(partial(self._handle, data))
 

@@ -21,6 +21,7 @@ from deconvd_server.device.cuda.api.driver import (
     record_event,
 )
 from deconvd_server.device.faults import DeviceUnavailableError
+from deconvd_server.device.native_waits import NativeWaits
 
 __all__ = [
     "Bytes",
@@ -30,6 +31,7 @@ __all__ = [
     "Graph",
     "PinnedBuffer",
     "Stream",
+    "card_waits",
     "cards_count",
     "copy",
     "current_device",
@@ -53,6 +55,21 @@ _HOST_REGISTER_PORTABLE = 1
 """`cudaHostRegisterPortable` of cuda_runtime_api.h, for which CuPy has no name: registered for all cards."""
 
 Bytes = npt.NDArray[np.uint8]
+
+_waits_by_card: dict[int, NativeWaits] = {}
+"""Of the whole process, since threads wait for streams and events of which no object knows the card."""
+
+
+def card_waits(ordinal: int) -> NativeWaits:
+    """Return the waits for a card."""
+    waits = _waits_by_card.get(ordinal)
+    # `setdefault` is atomic: two threads that come first get the same object
+    return _waits_by_card.setdefault(ordinal, NativeWaits()) if waits is None else waits
+
+
+def _wait_for_card(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function of CUDA that may wait for kernels and copies of the thread's card."""
+    card_waits(cuda_runtime.getDevice()).run(function, *arguments)
 
 
 class CardProperties:
@@ -162,7 +179,7 @@ class Event:
 
     def wait(self) -> None:
         """Block until the card has reached the event. Return at once if it was never recorded."""
-        cuda_runtime.eventSynchronize(self._event.ptr)
+        _wait_for_card(cuda_runtime.eventSynchronize, self._event.ptr)
 
     @property
     def is_reached(self) -> bool:
@@ -232,7 +249,7 @@ class Stream:
         Raises:
             CudaError: Some of it failed.
         """
-        cuda_runtime.streamSynchronize(self.pointer)
+        _wait_for_card(cuda_runtime.streamSynchronize, self.pointer)
 
     def fork(self, other: Stream) -> None:
         """Make another stream's next work wait for all work so far of this stream. The host does not wait."""
@@ -287,12 +304,12 @@ def copy(target: int, source: int, size_bytes: int, stream: int) -> None:
 
 def register_host(address: int, size_bytes: int) -> None:
     """Let all cards of the host read and write host memory by themselves. Raises CudaError."""
-    cuda_runtime.hostRegister(address, size_bytes, _HOST_REGISTER_PORTABLE)
+    _wait_for_card(cuda_runtime.hostRegister, address, size_bytes, _HOST_REGISTER_PORTABLE)
 
 
 def unregister_host(address: int) -> None:
     """Undo `register_host`. No copy from or to the memory may be under way. Raises CudaError."""
-    cuda_runtime.hostUnregister(address)
+    _wait_for_card(cuda_runtime.hostUnregister, address)
 
 
 class PinnedBuffer:
@@ -324,4 +341,4 @@ def synchronize() -> None:
     Raises:
         CudaError: Some of it failed; if the card must be reset, this fails each time.
     """
-    cuda_runtime.deviceSynchronize()
+    _wait_for_card(cuda_runtime.deviceSynchronize)

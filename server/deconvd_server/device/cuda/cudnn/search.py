@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from deconvd.model.options import Options
+from deconvd.model.options import Options, UseCudnnTensorCore
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.cudnn.convolution import Layout, operation_graph
 from deconvd_server.device.cuda.cudnn.descriptor import Descriptor, DescriptorScope
@@ -47,6 +47,8 @@ class EngineRules:
             unwanted.add(NumericalNote.TENSOR_CORE)  # on float32 that note means TF32
         if problem.x.dtype.itemsize == 8:
             unwanted.discard(NumericalNote.TENSOR_CORE)  # float64 loses nothing on tensor cores
+        if options.use_cudnn_tensor_core is UseCudnnTensorCore.NEVER:
+            unwanted.add(NumericalNote.TENSOR_CORE)
         return cls(frozenset(unwanted), compiling)
 
 

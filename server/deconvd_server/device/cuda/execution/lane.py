@@ -11,7 +11,7 @@ from deconvd.host.parallel_copy import copy_into
 from deconvd.lru import Lru
 from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext
-from deconvd_server.call.ledger import Ledger, Stage
+from deconvd_server.call.ledger import Stage
 from deconvd_server.device.arriving import Arriving, Operand, peek_tensor, require
 from deconvd_server.device.cuda.api.host_memory import HostAddresses, RegisteredMemory
 from deconvd_server.device.cuda.api.memory import BlockRegion, DeviceMemory
@@ -135,9 +135,9 @@ class Lane:
         if is_large:
             self._run_large(kind, tensors, targets, call)
         elif is_mirrored:
-            self._run_mirrored(kind, tensors, targets, call.ledger)
+            self._run_mirrored(kind, tensors, targets, call)
         else:
-            self._run_direct(kind, tensors, targets, call.ledger)
+            self._run_direct(kind, tensors, targets, call)
 
     def run_in_parts(
         self,
@@ -209,17 +209,24 @@ class Lane:
         )
 
     def _run_mirrored(
-        self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
+        self,
+        kind: CallKind,
+        operands: Sequence[Tensor],
+        places: Sequence[Tensor],
+        call: CallContext,
     ) -> None:
         """Run a small call. Its arrays go through pinned memory that mirrors the arena."""
+        ledger = call.ledger
         with ledger.measure(Stage.UPLOAD):
             for region, operand in _copied_regions(kind.layout.operands, operands):
                 self._mirror(region, operand)[...] = operand
+        call.check()
         with ledger.measure(Stage.COMPUTE):  # the card's copies count here: the graph has them too
             try:
                 kind.launch(self.stream, lambda: self._enqueue_mirrored(kind))
             finally:
                 self.stream.wait()  # also after an error: the next call uses the same arena and mirror
+        call.check()
         with ledger.measure(Stage.DOWNLOAD):
             for region, place in _copied_regions(kind.layout.results, places):
                 place[...] = self._mirror(region, place)
@@ -235,7 +242,11 @@ class Lane:
             download(results, self._arena + layout.operands_bytes, stream)
 
     def _run_direct(
-        self, kind: CallKind, operands: Sequence[Tensor], places: Sequence[Tensor], ledger: Ledger
+        self,
+        kind: CallKind,
+        operands: Sequence[Tensor],
+        places: Sequence[Tensor],
+        call: CallContext,
     ) -> None:
         """Run a small call of which the card reaches some large arrays. The others are mirrored one by one."""
         stream, mirrored = self.stream.pointer, []
@@ -248,8 +259,10 @@ class Lane:
                     source[...] = operand
                 upload(self._arena + region.offset, bytes_of(source), stream)
             self._timer.end(Stage.UPLOAD)
+            call.check()
             kind.launch(self.stream, lambda: kind.enqueue(self._arena, stream))
             self._timer.end(Stage.COMPUTE)
+            call.check()
             for region, place in _copied_regions(kind.layout.results, places):
                 target = place
                 if not self._is_direct(place):
@@ -261,7 +274,7 @@ class Lane:
             self.stream.wait()  # also after an error: the card may still use the caller's arrays
         for target, place in mirrored:
             place[...] = target
-        self._timer.record_stages(ledger)
+        self._timer.record_stages(call.ledger)
 
     def _run_large(
         self,
@@ -281,6 +294,7 @@ class Lane:
                 self._timer.end(Stage.UPLOAD)
                 kind.enqueue(base, self.stream.pointer)
                 self._timer.end(Stage.COMPUTE)
+                call.check()
                 for region, place in _copied_regions(layout.results, places):
                     self._fetch(base + region.offset, place, call)
                 self._timer.end(Stage.DOWNLOAD)

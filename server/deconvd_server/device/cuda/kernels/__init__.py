@@ -11,7 +11,7 @@ Plans are made without a device or CuPy. Kernels are compiled for a device when 
 from __future__ import annotations
 
 from deconvd.model.dtypes import ELEMENT_TYPES
-from deconvd.model.options import Options
+from deconvd.model.options import Options, UseCudnnTensorCore
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.depthwise import depthwise_plans
 from deconvd_server.device.cuda.kernels.elementwise import (
@@ -40,10 +40,7 @@ __all__ = [
 
 
 def candidates(
-    product: Product,
-    problem: Problem,
-    options: Options,  # noqa: ARG001  # so far, no option changes these kernels
-    processors_count: int,
+    product: Product, problem: Problem, options: Options, processors_count: int
 ) -> list[Plan]:
     """Return our plans for a product, without the fallback, the most promising first. All are deterministic.
 
@@ -53,10 +50,10 @@ def candidates(
         processors_count: Multiprocessors of the card that the plans are for. The number of parts in which gx and gW are
             summed depends on it, so two kinds of cards may round them differently.
     """
-    return [
-        *depthwise_plans(product, problem, processors_count),
-        *tensor_core_plans(product, problem, processors_count),
-    ]
+    plans: list[Plan] = [*depthwise_plans(product, problem, processors_count)]
+    if options.use_cudnn_tensor_core is not UseCudnnTensorCore.NEVER:
+        plans += tensor_core_plans(product, problem, processors_count)
+    return plans
 
 
 def compile_common_kernels(device: int) -> None:

@@ -29,11 +29,21 @@ _NO_REDUCED_PRECISION_REDUCTION = 16
 
 
 class ComputeMode(IntEnum):
-    """The type in which products are computed: values of `cublasComputeType_t`."""
+    """The type in which products are computed: values of `cublasComputeType_t`.
+
+    cuBLAS calls the plain modes pedantic. It uses tensor cores wherever it can, in all modes but these.
+    """
 
     FLOAT32 = 68
+    PLAIN_FLOAT32 = 69
     TF32 = 77
     FLOAT64 = 70
+    PLAIN_FLOAT64 = 71
+
+    @property
+    def is_double(self) -> bool:
+        """Whether scalars are double."""
+        return self in (ComputeMode.FLOAT64, ComputeMode.PLAIN_FLOAT64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,7 @@ class Gemm:
             RuntimeError: cuBLAS refused the product.
         """
         library, handle = _library(), _handles.get()
-        scalar = ctypes.c_double if self.mode is ComputeMode.FLOAT64 else ctypes.c_float
+        scalar = ctypes.c_double if self.mode.is_double else ctypes.c_float
         alpha, beta = scalar(1), scalar(1 if self.accumulate else 0)
         _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))
         workspace = ctypes.c_void_p(self.workspace.address(operands))

@@ -19,7 +19,7 @@ import numpy as np
 
 from deconvd.model.dtypes import DType
 from deconvd.model.geometry import MAX_EXTENT
-from deconvd.model.options import Options
+from deconvd.model.options import Options, UseCudnnTensorCore
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.kernels.blas import (
     BLAS_WORKSPACE_BYTES,
@@ -377,6 +377,9 @@ def _divisor(count: int, most: int) -> int:
 
 
 def _mode(dtype: DType, options: Options) -> ComputeMode:
+    if options.use_cudnn_tensor_core is UseCudnnTensorCore.NEVER:
+        is_float64 = dtype == np.dtype(np.float64)
+        return ComputeMode.PLAIN_FLOAT64 if is_float64 else ComputeMode.PLAIN_FLOAT32
     if dtype == np.dtype(np.float64):
         return ComputeMode.FLOAT64
     tf32 = options.allow_tf32 and dtype == np.dtype(np.float32)

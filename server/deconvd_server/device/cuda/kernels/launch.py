@@ -138,7 +138,7 @@ def compile_kernels(kernels: Iterable[Kernel]) -> None:
         _functions.get(kernel)
 
 
-class _Functions:
+class _CompiledKernels:
     """The compiled kernels of all devices. Each is compiled once. Thread-safe."""
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class _Functions:
         return int(function.ptr)
 
 
-_functions = _Functions()
+_functions = _CompiledKernels()
 
 
 @cache

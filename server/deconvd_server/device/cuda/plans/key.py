@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deconvd.model.options import Options, UseCudnn
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 
@@ -41,10 +41,14 @@ class PlanKey:
         """Return the key of a request."""
         geometry = replace(problem.geometry, outsize=problem.output)
         is_float32 = problem.x.dtype == problem.W.dtype == np.float32  # TF32 is for no other type
+        is_never = options.use_cudnn_tensor_core is UseCudnnTensorCore.NEVER
+        # ALWAYS allows what AUTO allows; TF32 is of tensor cores alone
+        used = UseCudnnTensorCore.NEVER if is_never else UseCudnnTensorCore.AUTO
+        allow_tf32 = options.allow_tf32 and is_float32 and not is_never
         return cls(
             product,
             Problem(problem.x, problem.W, geometry),
-            replace(options, allow_tf32=options.allow_tf32 and is_float32),
+            replace(options, allow_tf32=allow_tf32, use_cudnn_tensor_core=used),
             workspace_limit_bytes,
         )
 
@@ -55,6 +59,9 @@ class PlanKey:
     def fields(self) -> dict[str, Any]:
         """Return the key as an object of JSON."""
         options = self.options
+        # named only if it is set: the files of a store that is older than this option keep their names
+        is_never = options.use_cudnn_tensor_core is UseCudnnTensorCore.NEVER
+        tensor_core = {"use_cudnn_tensor_core": "never"} if is_never else {}
         return {
             **self.product_fields(),
             "cudnn_deterministic": options.cudnn_deterministic,
@@ -62,6 +69,7 @@ class PlanKey:
             "use_cudnn": str(options.use_cudnn),
             "allow_tf32": options.allow_tf32,
             "workspace_limit_bytes": self.workspace_limit_bytes,
+            **tensor_core,
         }
 
     def product_fields(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a framework's adapter adds to calls: see `benchmarks.frameworks.__main__`."""

@@ -1,0 +1,1 @@
+"""What Prometheus and Grafana see of a server under load."""

@@ -1,0 +1,101 @@
+"""Where the residents of a connection are when it has several servers, and how calls get them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from deconvd.model.dtypes import Array
+from deconvd_client.calls.deadline import Deadline
+from deconvd_client.residents import Call, Resident
+from deconvd_client.server import Server
+from deconvd_client.server_set.attempt_runner import AttemptRunner
+from deconvd_client.server_set.balancer import Balancer, Member, Preference
+
+__all__ = ["SpreadResidents"]
+
+
+class SpreadResidents:
+    """The residents of a connection, each of which one of several servers keeps. See `ResidentStore`.
+
+    A resident's handle says which session has it, and so which server. What is put goes where the last was put, so that
+    calls find their operands together. If that server is lost, the next call sends them to another one, from the arrays
+    that they were made from. A result that was never on this side can be used only while its server is there.
+
+    Args:
+        balancer: Knows the servers.
+        runner: Runs calls there.
+        timeout_s: How long each call may take, in seconds.
+    """
+
+    def __init__(self, balancer: Balancer[Server], runner: AttemptRunner, timeout_s: float) -> None:
+        self._balancer = balancer
+        self._runner = runner
+        self._timeout_s = timeout_s
+        self._home: Member[Server] | None = None
+
+    def put(self, array: Array) -> Resident:
+        """See `ResidentStore`."""
+        resident = self._runner.run(
+            lambda server, limit: server.residents.put(array, limit),
+            lambda: self.home_preference,
+            array.nbytes,
+            Deadline(self._timeout_s),
+        )
+        self._home = self._holder_of(resident) or self._home
+        return resident
+
+    def get(self, resident: Resident) -> Array:
+        """See `ResidentStore`."""
+        return self._runner.run(
+            lambda server, limit: server.residents.get(resident, limit),
+            lambda: self._preference_for([resident]) or self.home_preference,
+            resident.spec.nbytes,
+            Deadline(self._timeout_s),
+        )
+
+    @property
+    def home_preference(self) -> Preference[Server]:
+        """The preference for the server that the last array was put on."""
+        return Preference(holders=() if self._home is None else (self._home,))
+
+    def preference_for(self, call: Call) -> Preference[Server] | None:
+        """Return the preference for the servers that have residents of a call; None if none has any."""
+        return self._preference_for(
+            [operand for operand in call.operands.values() if isinstance(operand, Resident)]
+        )
+
+    def gather(self, call: Call, server: Server) -> Call:
+        """Return a call with the elements of those operands that only another server has."""
+        operands = dict(call.operands)
+        for field, operand in call.operands.items():
+            if isinstance(operand, Resident) and operand.source is None:
+                holder = self._holder_of(operand)
+                if holder is not None and holder.server is not server:
+                    operands[field] = self.get(operand)
+        return replace(call, operands=operands)
+
+    def _preference_for(self, residents: Sequence[Resident]) -> Preference[Server] | None:
+        """Return the preference for the server that has most of some residents."""
+        sizes: dict[Member[Server], int] = {}
+        bound: set[Member[Server]] = set()
+        for resident in residents:
+            holder = self._holder_of(resident)
+            if holder is not None:
+                sizes[holder] = sizes.get(holder, 0) + resident.spec.nbytes
+                if resident.source is None:
+                    bound.add(holder)
+        if not sizes:
+            return None
+        holders = sorted(sizes, key=lambda m: (m in bound, sizes[m]), reverse=True)
+        return Preference(holders=tuple(holders), is_bound=bool(bound))
+
+    def _holder_of(self, resident: Resident) -> Member[Server] | None:
+        """Return the member that has a resident; None if none is known to have it."""
+        handle = resident.handle
+        if handle is None:
+            return None
+        for member in self._balancer.members:
+            if member.server.residents.session_name == handle.session:
+                return member
+        return None

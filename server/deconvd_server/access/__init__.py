@@ -1,0 +1,1 @@
+"""Who may call: tokens, certificates, and the identity that they prove."""

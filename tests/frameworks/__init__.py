@@ -1,0 +1,1 @@
+"""Tests with the frameworks themselves. Each has an environment of its own: see `make test-torch`, for one."""
