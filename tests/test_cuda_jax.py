@@ -49,9 +49,7 @@ def on_card(arrays: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("operands", ["float16", "bfloat16", "float32"], indirect=True)
-def test_arrays_on_a_card_stay_there_and_have_the_same_bits(
-    F: Connection, operands: list[Any]
-) -> None:
+def test_arrays_on_a_card_stay_there_and_have_the_same_bits(F: Any, operands: list[Any]) -> None:
     from deconvd_client.frameworks.jax_arrays import raw_array
 
     card = on_card(operands)
@@ -59,7 +57,7 @@ def test_arrays_on_a_card_stay_there_and_have_the_same_bits(
         shared = raw_array(array)
         assert isinstance(shared, cupy.ndarray)
         assert shared.data.ptr == array.unsafe_buffer_pointer()
-    y: Any = F.deconvolution_2d(*card, **GEOMETRY)
+    y = F.deconvolution_2d(*card, **GEOMETRY)
     assert isinstance(y, jax.Array)
     assert y.device == card[0].device
     expected = F.deconvolution_2d(*operands, **GEOMETRY)
@@ -72,26 +70,24 @@ def test_arrays_on_a_card_stay_there_and_have_the_same_bits(
         np.testing.assert_array_equal(np.asarray(ours), theirs)
 
 
-def test_a_call_waits_for_what_jax_still_computes(F: Connection, operands: list[Any]) -> None:
+def test_a_call_waits_for_what_jax_still_computes(F: Any, operands: list[Any]) -> None:
     x, W, _ = on_card(operands)
     expected = F.deconvolution_2d(np.asarray(x) * 2, np.asarray(W), **GEOMETRY)
     identity = jax.device_put(np.eye(24, dtype=np.float32), x.device)
 
-    @jax.jit
     def delay(array: Any) -> Any:
         return jax.lax.fori_loop(0, 2000, lambda _, late: late @ identity, array) * 2
 
     with jax.default_matmul_precision("highest"):
-        late = delay(x)
+        late = jax.jit(delay)(x)
     np.testing.assert_array_equal(np.asarray(F.deconvolution_2d(late, W, **GEOMETRY)), expected)
 
 
 def test_compiled_functions_and_their_gradients_compute_on_the_card(
-    F: Connection, operands: list[Any]
+    F: Any, operands: list[Any]
 ) -> None:
     x, W, b = on_card(operands)
 
-    @jax.jit
     def loss(x: Any, W: Any, b: Any) -> Any:
         return (F.deconvolution_2d(x, W, b, **GEOMETRY) ** 2).sum() / 2
 
