@@ -119,13 +119,17 @@ def main(
     shapes = draw_shapes(count)
     rows: list[NewShapesRow] = []
     print(_HEADER, flush=True)
-    with tempfile.TemporaryDirectory(prefix="deconvd-new-shapes-") as folder:
+    context = multiprocessing.get_context("spawn")  # PyTorch is not for this process, nor for forks
+    with (
+        tempfile.TemporaryDirectory(prefix="deconvd-new-shapes-") as folder,
+        ProcessPoolExecutor(1, context) as torch_process,
+    ):
         store = Path(folder) / "store"
         if True in stores:
             _fill_store(device, store, shapes, dtypes, ops)
         for dtype in dtypes:
             for op in ops:
-                torch = _times_of_torch(device, dtype, op, shapes)
+                torch = _times_of_torch(torch_process, device, dtype, op, shapes)
                 for has_store in stores:
                     options = ("--plan-store", str(store)) if has_store else ()
                     row = _row(device, dtype, op, shapes, options, torch)
@@ -261,14 +265,16 @@ def _time_ms(call: Callable[[], object]) -> float:
 
 
 def _times_of_torch(
-    device: str, dtype: str, op: str, shapes: Sequence[tuple[int, int]]
+    process: ProcessPoolExecutor,
+    device: str,
+    dtype: str,
+    op: str,
+    shapes: Sequence[tuple[int, int]],
 ) -> list[_ShapeTimes]:
-    """Return the times of PyTorch in a process of its own; nothing without PyTorch."""
+    """Return the times of PyTorch; nothing without PyTorch."""
     if find_spec("torch") is None:
         return []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as executor:
-        return executor.submit(_time_torch, device, dtype, op, shapes).result()
+    return process.submit(_time_torch, device, dtype, op, shapes).result()
 
 
 def _time_torch(
