@@ -23,6 +23,7 @@ from deconvd_client.server import Server
 from tests.processes import wait_until
 
 __all__ = [
+    "GRAPHS_SOON",
     "ServerProcess",
     "call_until_served",
     "free_port",
@@ -30,6 +31,9 @@ __all__ = [
     "server_process",
     "stop_server",
 ]
+
+GRAPHS_SOON = {"deconvd_server.device.cuda.execution.graph_cache:_CAPTURE_S": 0.0}
+"""Constants with which a card's work is captured the second time that it comes: tests make few calls."""
 
 _END_TIMEOUT_S = 30
 _COVERAGE_TIMEOUT_S = 4

@@ -104,6 +104,10 @@ class CudaDevice(CardTensors):
         on_lost: Called, from any thread, when the card must be reset, which only a new process recovers from.
         limits: Other limits; None for the default ones.
 
+    Attributes:
+        candidates: Makes the plans that the card could use.
+        plans: The plans that it uses.
+
     Raises:
         DeviceUnavailableError: The card, its driver or cuDNN is missing or too old, or the memory limit is too small.
         OSError: The folder of plans cannot be made.
@@ -134,7 +138,7 @@ class CudaDevice(CardTensors):
                 allocate_shared=self._pool.allocate_shared,
             )
             self._lanes = self._make_lanes()
-            self._candidates = Candidates(self._cudnn, self._card.processors_count)
+            self.candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._make_plan_cache(plan_store)
             kernels.compile_common_kernels(ordinal)
         self._memory_estimate = MemoryEstimate(
@@ -178,9 +182,9 @@ class CudaDevice(CardTensors):
             "processors": self._card.processors_count,
         }
         return PlanCache(
-            self._candidates,
+            self.candidates,
             Tuner(
-                self._candidates,
+                self.candidates,
                 partial(open_plan_timer, self.memory),
                 tuning_limit_s=self._limits.tuning_s,
             ),
@@ -324,7 +328,7 @@ class CudaDevice(CardTensors):
 
     def _fallback_bytes(self, product: Product, problem: Problem) -> int:
         key = self.plan_key(product, problem, Options())
-        return self._candidates.fallback(key).plan.workspace_bytes
+        return self.candidates.fallback(key).plan.workspace_bytes
 
     def _plan(
         self, product: Product, problem: Problem, options: Options, call: CallContext
