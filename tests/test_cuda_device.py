@@ -825,7 +825,7 @@ def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
         deconvolve(device, problem, x, W, None, Options(), CallContext())
         assert device.stats.plans.chosen_count == expected
         device.close()
-        (path,) = tmp_path.glob("*.json")
+        (path,) = tmp_path.rglob("*.json")
         if not caplog.records:
             path.write_bytes(path.read_bytes().replace(b"checksum", b"chequesum"))
             caplog.clear()
