@@ -30,6 +30,7 @@ from deconvd_server.device.cpu.products import BlockProducts
 from deconvd_server.device.cpu.team import Task
 from tests import definition
 from tests.devices import GradientRequest, deconvolve, gradients, runner
+from tests.processes import wait_until
 from tests.strategies import FLOAT64, Operands, operands
 
 TIMEOUT_S = 60
@@ -543,7 +544,10 @@ def test_small_calls_are_computed_by_the_thread_that_makes_them(
 
     def noted(products: BlockProducts, *task: Any) -> Task:
         threads.add(threading.get_ident())
-        time.sleep(0.01)  # so that helpers had the time to take a task
+        if is_alone:
+            time.sleep(0.01)  # so that helpers had the time to take a task
+        else:
+            wait_until(lambda: len(threads) > 1)
         yield from set_y(products, *task)
 
     monkeypatch.setattr(BlockProducts, "set_y", noted)
