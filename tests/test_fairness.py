@@ -27,8 +27,6 @@ from tests.processes import is_idle, wait_until
 from tests.servers import ServerProcess, server_process
 from tests.session_clients import tensor_header
 
-pytestmark = pytest.mark.timeout(60)
-
 X = np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3)
 W = np.ones((4, 2, 2, 2), np.float32)
 

@@ -21,7 +21,7 @@ from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 from tests.token_calls import write_tokens
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 LEAST_S = 0.025
 """How long a call computes at least."""

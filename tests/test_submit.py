@@ -371,7 +371,7 @@ def test_a_process_exits_while_calls_run(held: HeldServer) -> None:
             check=False,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=45,
         )
     finally:
         held.release()
