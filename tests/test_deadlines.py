@@ -173,9 +173,10 @@ def test_the_error_names_the_limit_and_the_options(server: ServerProcess) -> Non
 
 
 def test_a_deadline_counts_from_when_it_was_made() -> None:
-    deadline = Deadline(0.05)
-    assert 0 < deadline.remaining_s() <= 0.05
-    assert deadline.with_limit(10).remaining_s() <= 0.05
-    assert Deadline(10).with_limit(0.05).remaining_s() <= 0.05
+    deadline = Deadline(50)
+    assert 0 < deadline.remaining_s() <= 50
+    assert deadline.with_limit(100).remaining_s() <= 50
+    assert Deadline(100).with_limit(50).remaining_s() <= 50
+    short = Deadline(0.05)
     time.sleep(0.06)
-    assert deadline.remaining_s() == 0
+    assert short.remaining_s() == 0

@@ -493,7 +493,7 @@ class TestServer:
                 report_progress(line, written_bytes)
             began_s = time.monotonic()
             assert isinstance(receive_failure(line), DeadlineError)
-            assert time.monotonic() - began_s < 5
+            assert time.monotonic() - began_s < 20
             report_progress(line, x.nbytes)  # too late
             assert is_serving(line)
 

@@ -177,7 +177,7 @@ class TestEndlessSlices:
             begin_s = time.monotonic()
             server.end(signal.SIGTERM)
 
-            assert time.monotonic() - begin_s < 5
+            assert time.monotonic() - begin_s < 20
             call.cancel()
 
 
