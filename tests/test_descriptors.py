@@ -25,7 +25,7 @@ from tests.servers import ServerProcess, server_process
 
 X, W = np.ones((1, 1, 3, 3), np.float32), np.ones((1, 1, 2, 2), np.float32)
 HEALTH_S = 10.0
-"""Within a second usually, and within two where gRPC had to refuse a first connection: and the slack of a busy machine."""
+"""Within a second usually, within two where gRPC had to refuse a first connection, and the slack of a busy machine."""
 
 
 @contextmanager
