@@ -265,7 +265,7 @@ def test_functions_count_in_each_kind_of_thread(
     with start_profiling() as profile:
         profile.begin()
         start(work)
-        ended.get(timeout=10)
+        ended.get(timeout=60)
         (modules,) = profile.end()
 
     assert modules[0] == "deconvd.host.system"

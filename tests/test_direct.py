@@ -317,7 +317,7 @@ FRAMES = st.lists(
 METHODS = st.sampled_from(MethodCode)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=1, max_size=200) | FRAMES, method=METHODS, begins=st.booleans())
 def test_frames_that_make_no_sense_hurt_nobody(
     running: ServerProcess,

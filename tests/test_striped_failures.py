@@ -613,7 +613,8 @@ FRAMES = st.lists(
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=60,
 )
 @given(by_control=FRAMES, by_stripe=FRAMES, joins=st.booleans())
 def test_frames_that_make_no_sense_hurt_nobody(

@@ -480,7 +480,7 @@ def _no_wait_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_wait_for_a_reason")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), is_control=st.booleans())
 def test_any_bytes_from_the_server_end_a_call(
     make_server: MakeServer, data: bytes, is_control: bool

@@ -85,7 +85,7 @@ def test_four_stripes_are_tried_first_and_all_candidates_in_turn() -> None:
     assert choices == [4, 2, STREAM, 8] * 3
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     durations_s=st.permutations([1.0, 1.2, 2.0, 3.0]),
     processors_count=st.integers(4, 64),
@@ -129,7 +129,7 @@ def test_disturbed_calls_do_not_hide_the_fastest_way(best: int) -> None:
     assert made[best] > 0.9 * made.total()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     before=st.sampled_from([STREAM, 2, 4, 8]),
     after=st.sampled_from([STREAM, 2, 4, 8]),
