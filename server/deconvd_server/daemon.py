@@ -38,6 +38,7 @@ from deconvd_server.transports.listen import bind, listen_tcp, release, side_hos
 from deconvd_server.transports.observers import CallLog, Observer
 
 if TYPE_CHECKING:
+    from deconvd_server.metrics.collector import MetricsView
     from deconvd_server.metrics.server import MetricsServer
 
 __all__ = ["Daemon", "DaemonState"]
@@ -119,6 +120,7 @@ class Daemon:
             max_message_bytes=settings.max_message_bytes,
             arriving_bytes=arriving_bytes,
             connections_count=connections_count(),
+            shares_ports=settings.shares_ports,
             on_lost=lambda: on_lost("gRPC's thread"),
         )
         self._receive_limiter = ReceiveLimiter(
@@ -141,7 +143,8 @@ class Daemon:
                 settings.health_port,
                 lambda: on_lost("the thread of the health port"),
             )
-        self._metrics_server = self._start_metrics_server(callers)
+        self._callers = callers
+        self._metrics_server = self._start_metrics_server()
         self._server.call_later(0, self._receive_limiter.check)
         self._server.start()
         self._service.expire(self._server.call_later)
@@ -268,12 +271,23 @@ class Daemon:
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
-    def _start_metrics_server(self, callers: CallerReader) -> MetricsServer | None:
+    def metrics_view(self) -> MetricsView:
+        """Return the metrics, and who may see them."""
+        # not above: it takes 20 ms, and most servers have no metrics
+        from deconvd_server.metrics.collector import MetricsView
+
+        return MetricsView(
+            self._call_counts,
+            lambda: self.backend,
+            lambda: self._health.is_serving,
+            lambda: self._callers.refused_count,
+            self._settings.metrics_readers,
+        )
+
+    def _start_metrics_server(self) -> MetricsServer | None:
         settings = self._settings
         if settings.metrics_port is None:
             return None
-        # not above: it takes 20 ms, and most servers have no metrics
-        from deconvd_server.metrics.collector import MetricsView
         from deconvd_server.metrics.server import MetricsServer
 
         return MetricsServer(
@@ -284,13 +298,7 @@ class Daemon:
             ),
             settings.authenticator,
             settings.tls,
-            MetricsView(
-                self._call_counts,
-                lambda: self.backend,
-                lambda: self._health.is_serving,
-                lambda: callers.refused_count,
-                settings.metrics_readers,
-            ).collector_for,
+            self.metrics_view().collector_for,
         )
 
     def _stop(self, deadline_s: float) -> bool:
