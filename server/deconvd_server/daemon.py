@@ -76,7 +76,8 @@ class Daemon:
     """A server: gRPC with health and reflection, and the backend.
 
     It listens as soon as it is made. Until `serve` has opened the devices, health is NOT_SERVING and calls get
-    UNAVAILABLE.
+    UNAVAILABLE. If it shares its ports, clients wait until then instead: those that the kernel has given to it would
+    find no other one by trying again at once.
 
     Attributes:
         addresses: The addresses on which it listens, with the ports that it got.
@@ -145,9 +146,17 @@ class Daemon:
             )
         self._callers = callers
         self._metrics_server = self._start_metrics_server()
-        self._server.call_later(0, self._receive_limiter.check)
-        self._server.start()
-        self._service.expire(self._server.call_later)
+        self._has_started = False
+        if not settings.shares_ports:
+            self._start()
+
+    def _start(self) -> None:
+        """Take calls from now on, if it does not already."""
+        if not self._has_started:
+            self._has_started = True
+            self._server.call_later(0, self._receive_limiter.check)
+            self._server.start()
+            self._service.expire(self._server.call_later)
 
     @property
     def health_addresses(self) -> list[str]:
@@ -186,6 +195,7 @@ class Daemon:
                 self._service.open(backend.methods)
                 self.state = DaemonState.SERVING
                 self._health.set_serving(True)
+                self._start()
                 return
         backend.withdraw()  # the daemon has begun to drain meanwhile
         backend.end_direct_calls(0)
@@ -221,6 +231,7 @@ class Daemon:
         self._cut.wait(delay_s)
         with self._lock:
             self.state = DaemonState.DRAINING
+            self._start()  # or it could not be stopped
             backend = self.backend
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self._service.close()

@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from prometheus_client import Metric
@@ -40,17 +41,22 @@ def start_metrics_thread(descriptor: int, collector_for: Callable[[str], Collect
     messages = _Messages(connection)
 
     def run() -> None:
-        while (message := messages.take(None)) is not None:
-            number, identity = message
-            answer = b""
-            try:
-                families = _families(collector_for(identity.decode()).collect())
-                answer = json.dumps(families).encode()
-            except Exception:  # noqa: BLE001 - logged, and the supervisor is told that there is no answer
-                _log.exception("unforeseen error in a scrape")
-            connection.sendall(_HEAD.pack(number, len(answer)) + answer)
+        with connection, suppress(OSError):  # the supervisor has ended, as the link says, too
+            while (message := messages.take(None)) is not None:
+                number, identity = message
+                answer = _answer(collector_for, identity.decode())
+                connection.sendall(_HEAD.pack(number, len(answer)) + answer)
 
     threading.Thread(target=run, name="metrics", daemon=True).start()
+
+
+def _answer(collector_for: Callable[[str], Collector], identity: str) -> bytes:
+    """Return the metrics for an identity as JSON; nothing if that fails."""
+    try:
+        return json.dumps(_families(collector_for(identity).collect())).encode()
+    except Exception:  # noqa: BLE001 - logged, and the supervisor is told that there is no answer
+        _log.exception("unforeseen error in a scrape")
+        return b""
 
 
 def _families(metrics: Iterable[Metric]) -> list[Family]:
