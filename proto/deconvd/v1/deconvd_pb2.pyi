@@ -246,7 +246,9 @@ class Resident(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     handle: _builtins.bytes
-    """A secret of 16 bytes, which the client received when the tensor was stored."""
+    """A secret of 16 bytes, which the client received when the tensor was stored. If GetServerInfoResponse.workers is not empty,
+    the first byte is the number of the worker that has the tensor, as in Worker.name.
+    """
     def __init__(
         self,
         *,
@@ -1156,7 +1158,10 @@ class HoldSessionResponse(_message.Message):
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     CAN_REMEMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """The session's name: a secret of 16 bytes."""
+    """The session's name: a secret of 16 bytes. If GetServerInfoResponse.workers is not empty, the first byte is the number of
+    the worker that holds the session, as in Worker.name. Another worker answers NOT_FOUND, and its message says where that
+    worker is.
+    """
     lease_s: _builtins.float
     """How many seconds the session lives without a heartbeat."""
     quota_bytes: _builtins.int

@@ -35,6 +35,9 @@ _LAST_DRAIN_S: Final = 2.0
 _CUT_S: Final = 1.5
 """How long they may take after a second signal."""
 
+_KILLED_S: Final = 1.0
+"""How long killed processes may take to end."""
+
 _COULD_NOT_START: Final = frozenset({ExitCode.FAILED, ExitCode.WRONG_OPTION})
 
 _SEVERITY: Final = (
@@ -143,7 +146,8 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._next_tick_s = time.monotonic() + min(_TICK_S, self._notifier.watchdog_s / 3)
-        self._notifier.notify_alive()
+        if self._is_ready and not self._is_draining:
+            self._notifier.notify_alive()
         self._on_tick()
         for worker in self._workers:
             worker.kill_if_silent()
@@ -188,13 +192,20 @@ class Supervisor:
         self._health.fail()
         self._tell(Packet.DRAIN)
         deadline_s = time.monotonic() + self._drain_s + _LAST_DRAIN_S
+        is_killed = False
         while any(worker.has_process for worker in self._workers):
             if self._step() is not None:
                 self._tell(Packet.CUT)
                 deadline_s = min(deadline_s, time.monotonic() + _CUT_S)
             if time.monotonic() > deadline_s:
-                _log.error("workers do not end, and are killed")
+                if is_killed:  # the kernel does not end a process that waits for a device
+                    _log.error(
+                        "processes that were killed do not end: the supervisor ends without them"
+                    )
+                    break
+                _log.error("processes do not end, and are killed")
                 self.kill_all()
+                is_killed, deadline_s = True, time.monotonic() + _KILLED_S
         return self._worst_end()
 
     def _tell(self, letter: Packet) -> None:

@@ -138,6 +138,8 @@ class Worker:
     @property
     def end_of_drain(self) -> ExitCode:
         """What a drain has come to here: DRAINED if there was no process, or it had not served yet."""
+        if self.has_process:
+            return ExitCode.CUT_SHORT
         if self._drained_code is None or self._drained_code in _COULD_NOT_START:
             return ExitCode.DRAINED
         try:
