@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
@@ -46,6 +48,8 @@ _Way: TypeAlias = Callable[
 """Connects a client to an address, and gives what makes a call of a layer with operands of some kind."""
 
 _TIMEOUT_S = 300.0
+_START_S = 120.0
+_START_POLL_S = 0.1
 
 
 @click.command()
@@ -141,10 +145,11 @@ def main(
             devices = ["cpu"] if device == "cpu" else [f"cuda:{n}" for n in range(count)]
             options = ["--processes", str(processes), "--plan-store", plans]
             with (
-                local_server(",".join(devices), *options, address="127.0.0.1:0") as target,
-                bare_cards([each for each in devices for _ in range(max(processes, 1))]) as bare,
+                local_server(",".join(devices), *options) as target,
+                bare_cards(devices * max(processes, 1)) as bare,
             ):
-                targets = _own_targets(target) if assigns else [target]
+                own_targets = _own_targets(target)
+                targets = own_targets if assigns else [target]
                 for layer, dtype, kind, clients_count in product(
                     chosen, map(np.dtype, dtypes), kinds, clients_counts
                 ):
@@ -163,11 +168,26 @@ def main(
 
 
 def _own_targets(target: str) -> list[str]:
-    """Return a target for each of a server's processes; `target` if it has one."""
+    """Return a target for each of a server's processes, once all serve; `target` if there is one process.
+
+    Those that follow each other have different cards, as far as possible.
+    """
     with grpc.insecure_channel(target) as channel:
-        info = pb_grpc.DeconvolutionServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest())
-    host = target.rpartition(":")[0]
-    return [f"{host}:{worker.grpc_port}" for worker in info.workers] or [target]
+        stub = pb_grpc.DeconvolutionServiceStub(channel)
+        end_s = time.monotonic() + _START_S
+        while True:
+            workers = stub.GetServerInfo(pb.GetServerInfoRequest()).workers
+            if all(worker.is_serving for worker in workers):
+                break
+            if time.monotonic() > end_s:
+                raise TimeoutError("not all processes of the server have started")
+            time.sleep(_START_POLL_S)
+    counts: Counter[str] = Counter()  # of those before, by card
+    ranked = []
+    for worker in workers:
+        ranked.append((counts[worker.devices[0]], f"unix:{worker.unix_sockets[0]}"))
+        counts[worker.devices[0]] += 1
+    return [own for _, own in sorted(ranked, key=lambda each: each[0])] or [target]
 
 
 def _rate(
