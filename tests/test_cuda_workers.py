@@ -58,7 +58,7 @@ def right_call(F: Connection, there: Array | RemoteTensor) -> Callable[[], None]
 
     def call() -> None:
         y = F.deconvolution_2d(X, there, stride=2, pad=1)
-        # sums of 256 products in float32, or in TF32 nowhere
+        # sums of 64 products in float32
         np.testing.assert_allclose(y, Y, rtol=1e-4, atol=1e-4)
 
     return call
@@ -79,7 +79,9 @@ def test_each_process_has_its_part_of_a_card(server: ServerProcess) -> None:
         (device,) = info.devices
         by_card[device.id] = by_card.get(device.id, 0) + device.budget_bytes
         assert by_card[device.id] <= 0.91 * device.memory_bytes
-        assert f"cuda:{info.worker_name}" == device.id or len(infos) > len(by_card)
+    assert len(infos) > 1
+    if len(by_card) > 1:
+        assert list(by_card) == [f"cuda:{info.worker_name}" for info in infos]
     for info in infos:
         with deconvd_client.connect(f"unix:{info.unix_sockets[0]}") as F:
             right_call(F, W)()

@@ -224,7 +224,7 @@ def _folder_of_plans() -> Iterator[Path]:
     """Make a folder for the workers' plans, so that none dies at what another has died at. It goes with the block."""
     folder = tempfile.mkdtemp(prefix="deconvd-plans-")
     # compiled kernels outlive it, where they are without a folder of plans
-    os.environ.setdefault("CUPY_CACHE_DIR", str(Path("~/.cupy/kernel_cache").expanduser()))
+    os.environ.setdefault("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
     try:
         yield Path(folder)
     finally:
