@@ -12,10 +12,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from benchmarks.floor import card_name
 from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.remote_rows import FLOOR_PATH, RemoteRow, RowsFile
+from benchmarks.timed_calls import Durations, time_calls, warm_up
 from deconvd.model.dtypes import Array, DType
 from deconvd_client.cli.bare_sockets import bare_calls, bare_server
 from examples.local_server import local_server
@@ -40,21 +39,6 @@ _PATHS = (*_BARE_CONNECTIONS, "tcp", "grpc", "shared_memory")
 """In the order of measuring: the floor is first, so that the others can be compared with it at once."""
 
 _TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class _Durations:
-    """How long a client calls.
-
-    Attributes:
-        warm_up_calls, warm_up_s: After the first call, which has the plans tuned, there are this many more or those of
-            this time: the client learns how many connections pay.
-        time_s: How long the calls count.
-    """
-
-    warm_up_calls: int
-    warm_up_s: float
-    time_s: float
 
 
 @click.command()
@@ -123,7 +107,7 @@ def main(
         "commit": commit(),
     }
     file = RowsFile(json_file, about)
-    durations = _Durations(warm_up_calls, warm_up_s, time_s)
+    durations = Durations(warm_up_calls, warm_up_s, time_s)
     with ExitStack() as stack:
         addresses = _start_servers(stack, device, paths)
         clients = stack.enter_context(start_client_processes(clients_counts))
@@ -152,7 +136,7 @@ def _row(
     clients_count: int,
     path: str,
     address: str,
-    durations: _Durations,
+    durations: Durations,
 ) -> RemoteRow:
     figures = clients.run(clients_count, _time_client, layer, dtype, path, address, durations)
     return RemoteRow(
@@ -166,15 +150,15 @@ def _row(
 
 
 def _time_client(
-    meet: Meet, layer: Layer, dtype: DType, path: str, address: str, durations: _Durations
+    meet: Meet, layer: Layer, dtype: DType, path: str, address: str, durations: Durations
 ) -> tuple[float, float]:
     """Call together with others. Return the median latency in milliseconds, and the rate in calls per second."""
     with _calls(layer, dtype, path, address) as call:
         call()
         meet()
-        _warm_up(call, durations)
+        warm_up(call, durations)
         meet()
-        return _time_calls(call, durations.time_s)
+        return time_calls(call, durations.time_s)
 
 
 @contextmanager
@@ -195,29 +179,6 @@ def _calls(layer: Layer, dtype: DType, path: str, address: str) -> Iterator[Call
 def _operands(layer: Layer, dtype: DType) -> tuple[Array, ...]:
     """Return x and W, which a process makes once for all rows of a layer: that takes longer than many calls."""
     return make_operands(layer, dtype)
-
-
-def _warm_up(call: Callable[[], None], durations: _Durations) -> None:
-    end_s = time.perf_counter() + durations.warm_up_s
-    for _ in range(durations.warm_up_calls):
-        if time.perf_counter() >= end_s:
-            break
-        call()
-
-
-def _time_calls(call: Callable[[], None], time_s: float) -> tuple[float, float]:
-    """Return the median latency in milliseconds, and the rate in calls per second."""
-    times_s: list[float] = []
-    now_s = time.perf_counter()
-    end_s = now_s + time_s
-    while now_s < end_s:
-        start_s = now_s
-        call()
-        now_s = time.perf_counter()
-        times_s.append(now_s - start_s)
-    # the last call ends behind the time, when others may call no more: only its part before counts
-    count = len(times_s) - (now_s - end_s) / times_s[-1]
-    return statistics.median(times_s) * 1e3, count / time_s
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from click.testing import CliRunner
 import deconvd_client
 from benchmarks import metrics as metrics_rounds
 from benchmarks.against import main as against
+from benchmarks.cards import main as cards
+from benchmarks.cards_rows import CardsFile, CardsRow
 from benchmarks.client_processes import Meet, start_client_processes
 from benchmarks.fleet import main as fleet
 from benchmarks.framing import main as framing
@@ -348,6 +350,40 @@ def test_far_calls_are_timed_beside_the_bare_program_in_parts_of_one_table(
     assert (
         len(re.findall(r"\d ms +\d+\.\d+ GB/s +\d+\.\d+ of the floor$", output, re.MULTILINE)) == 10
     )
+
+
+def test_calls_to_several_processes_are_counted_beside_the_bare_program(tmp_path: Path) -> None:
+    results = tmp_path / "cards.json"
+    options = ["--device", "cpu", "--layer", "tiny 8-4 8 k4 s2", "--dtype", "float32"]
+    options += ["--processes", "2", "--assign", "--time-s", "0.1", "--warm-up-s", "0"]
+
+    for more in (["--operands", "plain"], ["--operands", "empty"]):
+        ended = CliRunner().invoke(
+            cards,
+            [*options, *more, "--clients", "2", "--json", str(results)],
+            catch_exceptions=False,
+        )
+        assert ended.exit_code == 0
+        assert re.search(r"2 clients: +\d+\.\d calls/s, +\d+\.\d\d of the floor$", ended.output)
+
+    written = json.loads(results.read_text())
+    assert (written["card"], written["processes"]) == (None, 2)
+    assert [row["operands"] for row in written["rows"]] == ["plain", "empty"]
+    for row in written["rows"]:
+        assert row["calls_per_s"] > 0
+        assert row["floor_calls_per_s"] > 0
+        del row["operands"], row["calls_per_s"], row["floor_calls_per_s"]
+        assert row == {"cards": 1, "layer": "tiny 8-4 8 k4 s2", "dtype": "float32", "clients": 2}
+
+
+def test_two_cards_are_compared_with_one_that_was_measured_before() -> None:
+    file = CardsFile(None, {})
+    file.add(CardsRow(1, "a", "float16", "empty", 8, 1000, 2000))
+
+    words = file.add(CardsRow(2, "a", "float16", "empty", 8, 1750, 3600))
+
+    assert words.endswith("0.49 of the floor; 1.75 times one card, the floor 1.80 times")
+    assert "times one card" not in file.add(CardsRow(2, "a", "float16", "plain", 8, 1, 1))
 
 
 def test_rows_of_another_host_are_not_mixed_with_those_of_this_one(tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ from tests.scrapes import scrape, trusting
 from tests.servers import free_port, server_process
 
 DEPLOY: Final = ROOT / "deploy"
-PLACES: Final = ["base", "overlays/cpu", "overlays/node-socket", "overlays/autoscaling"]
+PLACES: Final = [
+    "base",
+    "overlays/cpu",
+    "overlays/node-socket",
+    "overlays/autoscaling",
+    "overlays/several-cards",
+]
 SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 FILES: Final = "/etc/deconvd/"
 
@@ -121,6 +127,24 @@ def test_ports_and_files_are_those_of_the_options(manifests: list[Manifest]) -> 
         assert "subPath" not in mounts[name]  # or a secret that changes would not be read again
     (store,) = options["--plan-store"]
     assert store.startswith(mounts["cache"]["mountPath"])
+
+
+def test_each_process_of_a_server_with_several_has_its_ports() -> None:
+    manifests = list(yaml.safe_load_all(render("overlays/several-cards")))
+    container = container_of(manifests)
+    options = options_of(container)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    cards_count = container["resources"]["limits"]["nvidia.com/gpu"]
+    count = int(options["--processes"][0]) * cards_count
+
+    (worker_port,), (direct_port,) = options["--worker-port"], options["--direct-port"]
+    workers = [ports[f"worker-{number}"] for number in range(count)]
+    assert workers == list(range(int(worker_port), int(worker_port) + count))
+    directs = [ports["direct"], *(ports[f"direct-{number}"] for number in range(1, count))]
+    assert directs == list(range(int(direct_port), int(direct_port) + count))
+    assert len(set(ports.values())) == len(ports)
+    allowed = of_kind(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"]
+    assert {port["port"] for port in allowed} == ports.keys() - {"health", "metrics"}
 
 
 def test_a_server_has_the_time_to_drain(manifests: list[Manifest]) -> None:

@@ -21,6 +21,7 @@ from deconvd_server.resources.systemd import SystemdNotifier
 from tests.hung_device import PRELUDE
 from tests.processes import wait_until
 from tests.servers import free_port, server_process
+from tests.worker_servers import pid_of, wait_for_serving
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "deploy" / "deconvd-server.service"
@@ -72,6 +73,23 @@ def test_it_tells_that_it_is_alive_if_that_is_asked_for(
         messages = [next_message(systemd) for _ in range(4)]
 
     assert messages == ["READY=1", *3 * ["WATCHDOG=1"]]
+
+
+def test_of_several_processes_one_tells_and_kills_another_that_hangs(
+    systemd: socket.socket, tmp_path: Path
+) -> None:
+    environment = {"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "3000000"}
+    with server_process(tmp_path, "--processes", "2", environment=environment) as server:
+        wait_for_serving(server)
+        stopped = pid_of(server, "1")
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda: pid_of(server, "1") != stopped)
+        wait_for_serving(server)
+        code = server.end(signal.SIGTERM)
+
+    first, *_, last = waiting_messages(systemd)
+    assert (first, last, code) == ("READY=1", "STOPPING=1", ExitCode.DRAINED)
+    assert "worker 1 (cpu) has been silent for 3 s, and is killed" in server.log.read_text()
 
 
 def test_it_is_silent_about_its_life_if_another_process_is_watched(

@@ -5,25 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 import deconvd
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.host.malloc import keep_freed_memory
-from deconvd_server.access_options import add_access_options, load_access_policy
+from deconvd_server.access_options import AccessPolicy, add_access_options, load_access_policy
 from deconvd_server.command_options import ByteSize, Seconds, ServerCommand, unknown_variables
+from deconvd_server.device import Device
 from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
+from deconvd_server.log_handler import LogHandler
 from deconvd_server.log_options import add_log_options, log_to_standard_error
 from deconvd_server.parent_watch import ParentWatch, start_parent_watch
+from deconvd_server.process_options import add_process_options
 from deconvd_server.residents import ResidentLimits
 from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, budgets
 from deconvd_server.resources.descriptors import DescriptorGuard, raise_limit
-from deconvd_server.resources.systemd import SystemdNotifier
+from deconvd_server.resources.systemd import Notifier, SystemdNotifier
 from deconvd_server.settings import Settings
 from deconvd_server.socket_options import (
     parse_file_mode,
@@ -51,7 +55,12 @@ try:
     from deconvd_server.address_lines import print_addresses
     from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
-    from deconvd_server.shutdown import Drainer, run
+    from deconvd_server.shutdown import Drainer, exit_process, run
+    from deconvd_server.supervision.devices import devices_of
+    from deconvd_server.supervision.layout import worker_places
+    from deconvd_server.supervision.membership import open_link
+    from deconvd_server.supervision.orders import WorkerOrders
+    from deconvd_server.supervision.supervise import supervise
 except ModuleNotFoundError as missing:
     _exit_without(missing)
 
@@ -73,9 +82,19 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     return name
 
 
+class _WorkerCommand(ServerCommand):
+    """The command of a process that a supervisor may have started: then it has its own values for some options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.obj = WorkerOrders.take()
+        if ctx.obj is not None:
+            ctx.params.update(ctx.obj.options)
+        return super().invoke(ctx)
+
+
 @click.group(
     "deconvd-server",
-    cls=ServerCommand,
+    cls=_WorkerCommand,
     invoke_without_command=True,
     subcommand_metavar="[token ...]",
     context_settings={"show_default": True},
@@ -127,6 +146,7 @@ def _device_name(_context: click.Context, _parameter: click.Parameter, name: str
     help="The devices to compute on. cuda: every GPU; cuda:0,cuda:1: these; auto: every GPU, or the "
     "processor if there is no GPU.",
 )
+@add_process_options
 @click.option(
     "--threads",
     type=click.IntRange(1, _MAX_THREADS_COUNT),
@@ -240,6 +260,8 @@ def main(
     takes_direct_calls: bool,
     direct_port: int,
     device: str,
+    processes: int,
+    worker_port: int,  # noqa: ARG001 - for the supervisor, which has all options
     threads: int | None,
     device_memory_bytes: int | None,
     plan_store: Path | None,
@@ -267,7 +289,9 @@ def main(
     or 4Gi (times 2^30).
 
     Where a default is a part of the memory, that is the memory of the host, or the limit of the
-    cgroup if that is less, as in a container. The same holds for processors.
+    cgroup if that is less, as in a container. The same holds for processors. With several processes
+    (--processes), that is for all together, and what is given as a number is, too, except for
+    --tenant-bytes and --max-message-bytes.
 
     Exit codes: 0 after a drain, 1 if the server cannot start, 2 if an option is wrong, 3 if the
     server must be restarted, 4 after a drain that cut calls short, 5 if a GPU hangs. README.md has
@@ -275,8 +299,12 @@ def main(
     """
     if context.invoked_subcommand is not None:
         return
-    log_handler = log_to_standard_error(log_level, log_format)
-    _warn_of_unknown_variables()
+    orders: WorkerOrders | None = context.obj
+    log_handler = log_to_standard_error(
+        log_level, log_format, "" if orders is None else orders.name
+    )
+    if orders is None:  # or the supervisor has done so
+        _warn_of_unknown_variables()
     try:
         policy = load_access_policy(
             addresses,
@@ -289,15 +317,25 @@ def main(
         policy.check_readers(metrics_port, metrics_readers)
     except OSError as error:
         _exit_with_error(error)
+    # a server that another process has started for itself is not what systemd watches
+    systemd = SystemdNotifier(os.environ if parent is None and orders is None else {})
+    reasons = ExitReasons(is_worker=orders is not None)
+    watch = start_parent_watch(parent, addresses)
+    if orders is None and processes:
+        _supervise_if_several(context.params, policy, reasons, systemd, log_handler, watch)
+    link = None if orders is None else open_link(orders, reasons)
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
     _start_descriptor_guard()
-    # a server that another process has started for itself is not what systemd watches
-    notifier = SystemdNotifier(os.environ if parent is None else {})
-    reasons = ExitReasons()
     drainer = Drainer(reasons)
-    watch = start_parent_watch(parent, addresses)
-    devices = DeviceSettings(threads, device_memory_bytes, plan_store, on_lost=reasons.put)
+    devices = DeviceSettings(
+        threads,
+        device_memory_bytes,
+        plan_store,
+        on_lost=reasons.put,
+        card_parts_count=1 if orders is None else orders.card_parts_count,
+    )
+    open_all: Callable[[], Sequence[Device]] = partial(open_devices, device, devices)
     if max_message_bytes is None:
         max_message_bytes = machine.largest_message_bytes
     if shared_memory_bytes is None:
@@ -314,6 +352,9 @@ def main(
     if logs_access:
         observers.append(AccessLog())  # after the tracer: its lines have the traces
     try:
+        if link is not None:  # others serve meanwhile: this one is not to be called before it can
+            opened = open_all()
+            open_all = lambda: opened  # noqa: E731
         daemon = Daemon(
             Settings(
                 addresses,
@@ -331,21 +372,32 @@ def main(
                 health_port=health_port,
                 metrics_port=metrics_port,
                 metrics_readers=metrics_readers,
+                shares_ports=link is not None,
             ),
             observers=observers,
             on_lost=lambda what: reasons.put(ServingLostError(what)),
         )
     except ModuleNotFoundError as missing:
         _exit_without(missing)
-    except (OSError, DeconvdError) as error:
+    except (DeviceUnavailableError, DeconvdError, OSError) as error:
         _exit_with_error(error)
     try:
-        daemon.serve(partial(open_devices, device, devices))
+        daemon.serve(open_all)
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         _exit_with_error(error)
     _log.info("%s", daemon.description(policy.describe))
-    print_addresses(daemon, policy, metrics_readers)
+    notifier: Notifier = systemd
+    if link is None:
+        print_addresses(
+            daemon.addresses,
+            daemon.health_addresses,
+            daemon.metrics_addresses,
+            policy,
+            metrics_readers,
+        )
+    else:
+        notifier = link.notifier(daemon)
     notifier.notify_ready()
     run(
         daemon,
@@ -358,6 +410,26 @@ def main(
         on_tick=log_handler.write_repeats,
         on_end=partial(_end, watch, tracer),
     )
+
+
+def _supervise_if_several(
+    options: dict[str, Any],
+    policy: AccessPolicy,
+    reasons: ExitReasons,
+    systemd: SystemdNotifier,
+    log_handler: LogHandler,
+    watch: ParentWatch | None,
+) -> None:
+    """Serve with several processes, and do not return, if the options ask for more than one."""
+    try:
+        places = worker_places(options["processes"], devices_of(options["device"]))
+        if len(places) == 1:
+            return
+        code = supervise(options, places, policy, reasons, systemd, log_handler.write_repeats)
+    except (DeviceUnavailableError, DeconvdError, OSError) as error:
+        _exit_with_error(error)
+    _end(watch, None, 0)
+    exit_process(code)
 
 
 def _end(watch: ParentWatch | None, tracer: CallTracer | None, timeout_s: float) -> None:

@@ -95,7 +95,7 @@ class Backend:
         grpc_paths = [Path(path) for path in unix_socket_paths(addresses)]
         memory_sides = _open_memory_sockets(settings, grpc_paths)
         call_sides = _open_call_sockets(settings, grpc_paths)
-        endpoints = pb.GetServerInfoResponse(
+        self._endpoints = pb.GetServerInfoResponse(
             instance_id=instance.hex(),
             unix_sockets=[str(path) for path in grpc_paths],
             side_sockets=[
@@ -146,7 +146,7 @@ class Backend:
         service = DeconvolutionService(
             self.residents,
             self.lender,
-            endpoints,
+            self._endpoints,
             self.counts,
             max_message_bytes=settings.max_message_bytes,
             streams=self.stream_admission,
@@ -165,6 +165,14 @@ class Backend:
                 observers,
                 on_lost,
             )
+
+    def worker(self) -> pb.Worker:
+        """Return what other processes that serve as one with this tell their clients of it."""
+        return pb.Worker(
+            unix_sockets=self._endpoints.unix_sockets,
+            devices=[engine.info.id for engine in self.engines],
+            instance_id=self._endpoints.instance_id,
+        )
 
     def counts(self, identity: str) -> ServerCounts:
         """Return what the server has done for an identity, or for all if it is empty, and what it has in use now."""
@@ -272,7 +280,7 @@ def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> li
     if not settings.takes_direct_calls:
         return []
     try:
-        return listen_tcp(addresses, settings.direct_port)
+        return listen_tcp(addresses, settings.direct_port, shares_port=settings.shares_ports)
     except AddressInUseError as error:
         if settings.direct_port:
             raise

@@ -38,6 +38,7 @@ from deconvd_server.transports.listen import bind, listen_tcp, release, side_hos
 from deconvd_server.transports.observers import CallLog, Observer
 
 if TYPE_CHECKING:
+    from deconvd_server.metrics.collector import MetricsView
     from deconvd_server.metrics.server import MetricsServer
 
 __all__ = ["Daemon", "DaemonState"]
@@ -75,7 +76,8 @@ class Daemon:
     """A server: gRPC with health and reflection, and the backend.
 
     It listens as soon as it is made. Until `serve` has opened the devices, health is NOT_SERVING and calls get
-    UNAVAILABLE.
+    UNAVAILABLE. If it shares its ports, clients wait until then instead: those that the kernel has given to it would
+    find no other one by trying again at once.
 
     Attributes:
         addresses: The addresses on which it listens, with the ports that it got.
@@ -119,6 +121,7 @@ class Daemon:
             max_message_bytes=settings.max_message_bytes,
             arriving_bytes=arriving_bytes,
             connections_count=connections_count(),
+            shares_ports=settings.shares_ports,
             on_lost=lambda: on_lost("gRPC's thread"),
         )
         self._receive_limiter = ReceiveLimiter(
@@ -141,10 +144,19 @@ class Daemon:
                 settings.health_port,
                 lambda: on_lost("the thread of the health port"),
             )
-        self._metrics_server = self._start_metrics_server(callers)
-        self._server.call_later(0, self._receive_limiter.check)
-        self._server.start()
-        self._service.expire(self._server.call_later)
+        self._callers = callers
+        self._metrics_server = self._start_metrics_server()
+        self._has_started = False
+        if not settings.shares_ports:
+            self._start()
+
+    def _start(self) -> None:
+        """Take calls from now on, if it does not already."""
+        if not self._has_started:
+            self._has_started = True
+            self._server.call_later(0, self._receive_limiter.check)
+            self._server.start()
+            self._service.expire(self._server.call_later)
 
     @property
     def health_addresses(self) -> list[str]:
@@ -183,6 +195,7 @@ class Daemon:
                 self._service.open(backend.methods)
                 self.state = DaemonState.SERVING
                 self._health.set_serving(True)
+                self._start()
                 return
         backend.withdraw()  # the daemon has begun to drain meanwhile
         backend.end_direct_calls(0)
@@ -218,6 +231,7 @@ class Daemon:
         self._cut.wait(delay_s)
         with self._lock:
             self.state = DaemonState.DRAINING
+            self._start()  # or it could not be stopped
             backend = self.backend
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self._service.close()
@@ -268,12 +282,23 @@ class Daemon:
         if self.backend is not None:
             self.backend.cancel_direct_calls()
 
-    def _start_metrics_server(self, callers: CallerReader) -> MetricsServer | None:
+    def metrics_view(self) -> MetricsView:
+        """Return the metrics, and who may see them."""
+        # not above: it takes 20 ms, and most servers have no metrics
+        from deconvd_server.metrics.collector import MetricsView
+
+        return MetricsView(
+            self._call_counts,
+            lambda: self.backend,
+            lambda: self._health.is_serving,
+            lambda: self._callers.refused_count,
+            self._settings.metrics_readers,
+        )
+
+    def _start_metrics_server(self) -> MetricsServer | None:
         settings = self._settings
         if settings.metrics_port is None:
             return None
-        # not above: it takes 20 ms, and most servers have no metrics
-        from deconvd_server.metrics.collector import MetricsView
         from deconvd_server.metrics.server import MetricsServer
 
         return MetricsServer(
@@ -284,13 +309,7 @@ class Daemon:
             ),
             settings.authenticator,
             settings.tls,
-            MetricsView(
-                self._call_counts,
-                lambda: self.backend,
-                lambda: self._health.is_serving,
-                lambda: callers.refused_count,
-                settings.metrics_readers,
-            ).collector_for,
+            self.metrics_view().collector_for,
         )
 
     def _stop(self, deadline_s: float) -> bool:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import signal
 import socket
+from enum import Enum
 from queue import SimpleQueue
 
 from deconvd_server.device.faults import DeviceLostError
 
-__all__ = ["DrainResult", "ExitReason", "ExitReasons", "ServingLostError"]
+__all__ = ["DrainResult", "ExitReason", "ExitReasons", "ServingLostError", "StopRequest"]
 
 
 class ServingLostError(Exception):
     """A part of the server that all calls need has ended by itself: the process must be restarted."""
+
+
+class StopRequest(Enum):
+    """What the supervisor of a worker asks for. Asking twice for the same makes no difference."""
+
+    DRAIN = "drain"
+    """End, once the calls under way have ended."""
+
+    CUT = "cut"
+    """Cancel the calls that the drain waits for."""
 
 
 class DrainResult:
@@ -26,7 +37,7 @@ class DrainResult:
         self.is_clean = is_clean
 
 
-ExitReason = signal.Signals | DeviceLostError | ServingLostError | DrainResult
+ExitReason = signal.Signals | StopRequest | DeviceLostError | ServingLostError | DrainResult
 
 _LEAST_TIMEOUT_S = 1e-3
 """A timeout of 0 would make the socket non-blocking, which raises another error."""
@@ -40,17 +51,28 @@ class ExitReasons:
 
     The kernel may deliver a signal to any thread. Python notes it, but a main thread that waits for a lock sleeps on.
     So the main thread waits for a socket here, and Python's own C handler writes each signal into it.
+
+    Args:
+        is_worker: Whether a supervisor says when calls are to be cut short. Then each signal is a request to drain, and
+            no more: both the supervisor and systemd may send one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_worker: bool = False) -> None:
+        self._is_worker = is_worker
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._others: SimpleQueue[DeviceLostError | ServingLostError | DrainResult] = SimpleQueue()
+        self._others: SimpleQueue[
+            StopRequest | DeviceLostError | ServingLostError | DrainResult
+        ] = SimpleQueue()
         signal.set_wakeup_fd(self._writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
 
-    def put(self, reason: DeviceLostError | ServingLostError | DrainResult) -> None:
+    def fileno(self) -> int:
+        """Return a descriptor that can be read once there is a reason."""
+        return self._reader.fileno()
+
+    def put(self, reason: StopRequest | DeviceLostError | ServingLostError | DrainResult) -> None:
         """Add a reason. Any thread may call this."""
         self._others.put(reason)
         self._writer.send(bytes([_NOT_A_SIGNAL]))
@@ -64,4 +86,6 @@ class ExitReasons:
             (number,) = self._reader.recv(1)
         except TimeoutError:
             return None
-        return self._others.get() if number == _NOT_A_SIGNAL else signal.Signals(number)
+        if number == _NOT_A_SIGNAL:
+            return self._others.get()
+        return StopRequest.DRAIN if self._is_worker else signal.Signals(number)

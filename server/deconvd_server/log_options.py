@@ -47,10 +47,16 @@ def add_log_options(command: _F) -> _F:
     return command
 
 
-def log_to_standard_error(level: str, log_format: str) -> LogHandler:
-    """Log to standard error from now on, and return what writes there."""
+def log_to_standard_error(level: str, log_format: str, worker: str = "") -> LogHandler:
+    """Log to standard error from now on, and return what writes there.
+
+    Args:
+        level: The least severe messages to log.
+        log_format: ``text`` or ``json``.
+        worker: This process's name among those that write to the same log; empty if it is alone.
+    """
     handler = LogHandler(_standard_error())
-    handler.setFormatter(JsonLogFormatter() if log_format == "json" else LogFormatter())
+    handler.setFormatter(JsonLogFormatter(worker) if log_format == "json" else LogFormatter(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     return handler
 

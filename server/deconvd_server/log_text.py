@@ -47,10 +47,15 @@ def excerpt(text: object) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Formats each record as one line, followed by an indented traceback if it has one. It serves libraries, too."""
+    """Formats each record as one line, followed by an indented traceback if it has one. It serves libraries, too.
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    Args:
+        worker: This process's name among those that write to the same log; empty if it is alone.
+    """
+
+    def __init__(self, worker: str = "") -> None:
+        who = f"worker {worker}: " if worker else ""
+        super().__init__(f"%(asctime)s %(levelname)s %(name)s: {who}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's line, and its traceback."""
@@ -69,7 +74,15 @@ class LogFormatter(logging.Formatter):
 
 
 class JsonLogFormatter(logging.Formatter):
-    """Formats each record as one JSON object on a line of ASCII letters, whatever its texts contain."""
+    """Formats each record as one JSON object on a line of ASCII letters, whatever its texts contain.
+
+    Args:
+        worker: As for `LogFormatter`.
+    """
+
+    def __init__(self, worker: str = "") -> None:
+        super().__init__()
+        self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's line."""
@@ -81,6 +94,8 @@ class JsonLogFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._worker:
+            entry["worker"] = self._worker
         if repeats_count := getattr(record, REPEATS, 0):
             entry["repeats"] = repeats_count
         entry |= getattr(record, FIELDS, {})

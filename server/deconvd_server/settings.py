@@ -34,6 +34,7 @@ class Settings:
             `addresses`; 0 for any free port, None for none.
         metrics_port: The TCP port where metrics are served, on the same hosts; 0 for any free port, None for none.
         metrics_readers: The identities that see the metrics of all tenants. Others see those of their own calls.
+        shares_ports: Whether other processes of this user may listen on the same TCP ports.
     """
 
     addresses: Sequence[str]
@@ -51,3 +52,4 @@ class Settings:
     health_port: int | None = None
     metrics_port: int | None = None
     metrics_readers: Collection[str] = ()
+    shares_ports: bool = False

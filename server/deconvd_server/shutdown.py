@@ -15,10 +15,16 @@ from typing import Final, NoReturn
 from deconvd_server.daemon import Daemon
 from deconvd_server.device.faults import DeviceHungError, DeviceLostError
 from deconvd_server.exit_codes import ExitCode
-from deconvd_server.exit_reasons import DrainResult, ExitReason, ExitReasons, ServingLostError
-from deconvd_server.resources.systemd import SystemdNotifier
+from deconvd_server.exit_reasons import (
+    DrainResult,
+    ExitReason,
+    ExitReasons,
+    ServingLostError,
+    StopRequest,
+)
+from deconvd_server.resources.systemd import Notifier
 
-__all__ = ["Drainer", "run"]
+__all__ = ["Drainer", "exit_process", "run"]
 
 _LAST_DRAIN_S: Final = 5.0
 """How long calls may take to end once a device, or a thread that all calls need, is lost."""
@@ -85,7 +91,7 @@ def run(
     *,
     device_timeout_s: float,
     drain_delay_s: float = 0.0,
-    notifier: SystemdNotifier,
+    notifier: Notifier,
     on_tick: Callable[[], None],
     on_end: Callable[[float], None],
 ) -> NoReturn:
@@ -97,7 +103,7 @@ def run(
         drain_timeout_s: How long calls under way may take to end.
         drain_delay_s: For how long calls are accepted before that. See `Daemon.drain`.
         device_timeout_s: How long a thread may wait for a device. After that the device hangs: a reason to end.
-        notifier: Tells systemd that the server is alive, and when it stops.
+        notifier: Tells systemd, or a supervisor, that the server is alive, and when it stops.
         on_tick: Called about once a second until there is a reason to end.
         on_end: Called last, with the number of seconds that it may take.
     """
@@ -118,15 +124,15 @@ def run(
     left_s = max(deadline_s - time.monotonic(), _SHORT_LAST_WORDS_S)
     on_end(min(left_s, _LAST_WORDS_S) if is_clean else _SHORT_LAST_WORDS_S)
     if is_lost:
-        _exit_process(ExitCode.NEEDS_RESTART)
-    _exit_process(ExitCode.DRAINED if is_clean else ExitCode.CUT_SHORT)
+        exit_process(ExitCode.NEEDS_RESTART)
+    exit_process(ExitCode.DRAINED if is_clean else ExitCode.CUT_SHORT)
 
 
 def _next_reason(
     daemon: Daemon,
     reasons: ExitReasons,
     device_timeout_s: float,
-    notifier: SystemdNotifier,
+    notifier: Notifier,
     on_tick: Callable[[], None],
 ) -> ExitReason | DeviceHungError:
     """Wait for a reason to end, and look meanwhile whether a device hangs."""
@@ -156,7 +162,7 @@ def _end_hung(
     drainer.begin(lambda: daemon.abort(error))
     _wait_for_drain(daemon, reasons, time.monotonic() + _ABORT_S)
     on_end(_SHORT_LAST_WORDS_S)
-    _exit_process(ExitCode.DEVICE_HUNG)
+    exit_process(ExitCode.DEVICE_HUNG)
 
 
 def _wait_for_drain(daemon: Daemon, reasons: ExitReasons, deadline_s: float) -> bool:
@@ -164,14 +170,17 @@ def _wait_for_drain(daemon: Daemon, reasons: ExitReasons, deadline_s: float) -> 
     while (reason := reasons.take(deadline_s - time.monotonic())) is not None:
         if isinstance(reason, DrainResult):
             return reason.is_clean
-        if not isinstance(reason, DeviceLostError | ServingLostError):  # another signal
+        # another signal, or what a supervisor makes of it
+        if reason is not StopRequest.DRAIN and not isinstance(
+            reason, DeviceLostError | ServingLostError
+        ):
             daemon.cut_drain()
             deadline_s = min(deadline_s, time.monotonic() + _CUT_DRAIN_S)
     _log.error("calls that were cancelled do not end: the process ends without them")
     return False
 
 
-def _exit_process(code: ExitCode) -> NoReturn:
+def exit_process(code: ExitCode) -> NoReturn:
     """End the process at once. An ordinary exit could hang in the libraries of a lost card, or wait for threads."""
     logging.shutdown()
     with suppress(OSError, ValueError):

@@ -246,7 +246,9 @@ class Resident(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     handle: _builtins.bytes
-    """A secret of 16 bytes, which the client received when the tensor was stored."""
+    """A secret of 16 bytes, which the client received when the tensor was stored. If GetServerInfoResponse.workers is not empty,
+    the first byte is the number of the worker that has the tensor, as in Worker.name.
+    """
     def __init__(
         self,
         *,
@@ -1156,7 +1158,10 @@ class HoldSessionResponse(_message.Message):
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     CAN_REMEMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """The session's name: a secret of 16 bytes."""
+    """The session's name: a secret of 16 bytes. If GetServerInfoResponse.workers is not empty, the first byte is the number of
+    the worker that holds the session, as in Worker.name. Another worker answers NOT_FOUND, and its message says where that
+    worker is.
+    """
     lease_s: _builtins.float
     """How many seconds the session lives without a heartbeat."""
     quota_bytes: _builtins.int
@@ -1415,6 +1420,8 @@ class GetServerInfoResponse(_message.Message):
     DIRECT_PORT_FIELD_NUMBER: _builtins.int
     SIDE_SOCKETS_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    WORKER_NAME_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of deconvd, in the form of PEP 440."""
     shared_memory_socket: _builtins.str
@@ -1427,6 +1434,8 @@ class GetServerInfoResponse(_message.Message):
     """The TCP port for direct calls, on the same hosts as the gRPC port. 0 if there is none. Direct calls are the methods of
     this service without gRPC: deconvd/direct/protocol.py specifies them.
     """
+    worker_name: _builtins.str
+    """The name of the answering process in `workers`. Empty if it serves alone."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -1453,6 +1462,16 @@ class GetServerInfoResponse(_message.Message):
     def counts(self) -> Global___ServerCounts:
         """What the server has done, and what it has in use. Absent if the server is older than this field."""
 
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """The processes of this host that serve as one, the answering one included, in the order of their names. Empty if the process
+        serves alone. Everything else in this message is about the answering process.
+
+        A port or Unix socket that they share is answered by any of them, and a new connection may reach another one. So a client
+        that has a session MUST make all calls of that session on addresses of the worker that has opened it. All other calls any
+        of them answers: a client SHOULD spread them.
+        """
+
     def __init__(
         self,
         *,
@@ -1467,14 +1486,74 @@ class GetServerInfoResponse(_message.Message):
         direct_port: _builtins.int = ...,
         side_sockets: _abc.Iterable[Global___SideSockets] | None = ...,
         counts: Global___ServerCounts | None = ...,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
+        worker_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version", "worker_name", b"worker_name", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class Worker(_message.Message):
+    """A process of a server that has several, with devices, sessions, resident tensors and memory of its own. If it ends, another
+    process takes its place under the same name and addresses.
+
+    A client that does not reach `grpc_port` or `unix_sockets` (they may not be published) uses what it can reach.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GRPC_PORT_FIELD_NUMBER: _builtins.int
+    UNIX_SOCKETS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    IS_SERVING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its number, from "0" on."""
+    grpc_port: _builtins.int
+    """The TCP port for gRPC on which only this worker answers, on the same hosts as the port that they share. A client MUST
+    use it with the host by which it has reached the server. 0 if they listen on Unix sockets alone.
+    """
+    instance_id: _builtins.str
+    """As in GetServerInfoResponse. A client MUST NOT send a session or a handle to a worker before it has verified that the
+    instance which gave it still answers there. Empty until the worker has served for the first time.
+    """
+    is_serving: _builtins.bool
+    """Whether it serves, as the answering process knows it. A client SHOULD make no new calls where it is false, and ask again:
+    within seconds if it has no other worker.
+    """
+    @_builtins.property
+    def unix_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Absolute paths of the Unix sockets for gRPC on which only this worker answers. A client that has reached the server by a
+        Unix socket MUST look for their file names in the directory of that socket, as for `SideSockets`.
+        """
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of its devices, as in `Device`. Workers may have the same device."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        grpc_port: _builtins.int = ...,
+        unix_sockets: _abc.Iterable[_builtins.str] | None = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        instance_id: _builtins.str = ...,
+        is_serving: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "grpc_port", b"grpc_port", "instance_id", b"instance_id", "is_serving", b"is_serving", "name", b"name", "unix_sockets", b"unix_sockets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
 @_typing.final
 class SideSockets(_message.Message):

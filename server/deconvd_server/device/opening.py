@@ -14,7 +14,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import Device
 
-__all__ = ["DeviceSettings", "check_device_name", "open_devices"]
+__all__ = ["DeviceSettings", "check_device_name", "device_ids", "open_devices"]
 
 _CARDS = re.compile(r"cuda(:\d+(,cuda:\d+)*)?")
 
@@ -31,12 +31,14 @@ class DeviceSettings:
             default.
         plan_store: Folder where plans for cards are stored; None to forget them with the process.
         on_lost: Called, from any thread, when a card must be reset, which only a new process recovers from.
+        card_parts_count: How many processes share each card's memory: the default limit is a part of it.
     """
 
     threads_count: int | None
     memory_limit_bytes: int | None
     plan_store: Path | None
     on_lost: Callable[[DeviceLostError], None]
+    card_parts_count: int = 1
 
 
 def check_device_name(name: str) -> None:
@@ -76,6 +78,24 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
         return [_open_processor(settings)]
 
 
+def device_ids(name: str) -> list[str]:
+    """Return the ids of the devices that `open_devices` would open. No card is opened, but CUDA is loaded.
+
+    Raises:
+        InvalidArgumentError, DeviceUnavailableError: As `open_devices`.
+    """
+    check_device_name(name)
+    if name == "cpu":
+        return [name]
+    try:
+        return [f"cuda:{ordinal}" for ordinal in _ordinals("cuda" if name == "auto" else name)]
+    except DeviceUnavailableError as error:
+        if name != "auto":
+            raise
+        _log.info("computing on the processor, since there is no GPU: %s", error)
+        return ["cpu"]
+
+
 def _open_processor(settings: DeviceSettings) -> Device:
     return CpuDevice(settings.threads_count, memory_limit_bytes=settings.memory_limit_bytes)
 
@@ -87,6 +107,7 @@ def _open_cards(ordinals: Sequence[int], settings: DeviceSettings) -> list[Devic
             memory_limit_bytes=settings.memory_limit_bytes,
             plan_store=settings.plan_store,
             on_lost=settings.on_lost,
+            parts_count=settings.card_parts_count,
         )
         for ordinal in ordinals
     ]

@@ -30,6 +30,7 @@ from deconvd_server.residents.quotas import Quotas, counted_bytes, names_limit
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
 from deconvd_server.residents.uses import ResidentUse
 from deconvd_server.resources.capabilities import CapabilityTable
+from deconvd_server.resources.worker_table import WORKERS
 
 __all__ = ["ResidentRegistry"]
 
@@ -189,7 +190,7 @@ class ResidentRegistry:
         if entry is None:
             raise LostTensorError(
                 f"{argument} must be a tensor that this server still has, and the one named is unknown, was "
-                "dropped, or was evicted to make room",
+                f"dropped, or was evicted to make room{WORKERS.hint(name)}",
                 argument=argument,
             )
         return entry

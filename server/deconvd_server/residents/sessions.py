@@ -24,6 +24,7 @@ from deconvd_server.resources.capabilities import (
     new_name,
 )
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
+from deconvd_server.resources.worker_table import WORKERS
 
 __all__ = ["Reaper", "SessionLimits", "Sessions"]
 
@@ -266,7 +267,8 @@ class Sessions:
         has_key = tenant_key is None or is_same_secret(key, tenant_key)
         if session is None or not has_key:
             raise LostSessionError(
-                "session must be one that is open on this server, and the one named is unknown or has ended",
+                "session must be one that is open on this server, and the one named is unknown or has ended"
+                f"{WORKERS.hint(name)}",
                 argument="session",
             )
         return session

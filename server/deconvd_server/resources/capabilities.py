@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
+from deconvd_server.resources.worker_table import WORKERS
+
 __all__ = ["NAME_BYTES", "CapabilityTable", "is_same_secret", "new_name"]
 
 NAME_BYTES: Final = 16
@@ -16,8 +18,9 @@ _V = TypeVar("_V")
 
 
 def new_name() -> bytes:
-    """Return a name that nobody can guess."""
-    return secrets.token_bytes(NAME_BYTES)
+    """Return a name that nobody can guess. If several processes serve as one, it begins with this one's number."""
+    mark = WORKERS.mark
+    return mark + secrets.token_bytes(NAME_BYTES - len(mark))
 
 
 def is_same_secret(secret: bytes, other: bytes) -> bool:

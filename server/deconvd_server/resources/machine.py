@@ -1,4 +1,7 @@
-"""How much memory and how many processors this process may use, by the host, its cgroups and its affinity."""
+"""How much memory and how many processors this process may use, by the host, its cgroups and its affinity.
+
+Processes that serve as one have equal parts of that.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-__all__ = ["memory_bytes", "processors_count", "used_bytes"]
+__all__ = ["PARTS_VARIABLE", "memory_bytes", "processors_count", "used_bytes"]
+
+PARTS_VARIABLE: Final = "_DECONVD_PARTS"
+"""The environment variable that says how many processes share the machine as equals. A supervisor sets it."""
 
 _ROOT: Final = Path("/")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
@@ -28,7 +34,7 @@ def memory_bytes(root: Path = _ROOT) -> int:
         root: Folder that ``/proc`` and the cgroup mounts are in, for tests.
     """
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([host_bytes, *_limits(root, "memory", _memory_limits)])
+    return min([host_bytes, *_limits(root, "memory", _memory_limits)]) // _parts_count()
 
 
 def used_bytes() -> int:
@@ -46,7 +52,12 @@ def processors_count(root: Path = _ROOT) -> int:
     Args:
         root: Folder that ``/proc`` and the cgroup mounts are in, for tests.
     """
-    return max(min([len(os.sched_getaffinity(0)), *_limits(root, "cpu", _processor_limits)]), 1)
+    count = min([len(os.sched_getaffinity(0)), *_limits(root, "cpu", _processor_limits)])
+    return max(count // _parts_count(), 1)
+
+
+def _parts_count() -> int:
+    return int(os.environ.get(PARTS_VARIABLE, "1"))
 
 
 def _limits(

@@ -10,13 +10,32 @@ import math
 import os
 import socket
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
-__all__ = ["SystemdNotifier"]
+__all__ = ["Notifier", "SystemdNotifier"]
 
 _ABSTRACT_MARK: Final = "@"
 
 _log = logging.getLogger(__name__)
+
+
+class Notifier(Protocol):
+    """Tells whoever watches the server how it is.
+
+    Attributes:
+        watchdog_s: How long the server may be silent; infinity if nobody watches.
+    """
+
+    watchdog_s: float
+
+    def notify_ready(self) -> None:
+        """Tell that the server serves."""
+
+    def notify_stopping(self) -> None:
+        """Tell that the server is about to end."""
+
+    def notify_alive(self) -> None:
+        """Tell that the server is alive. To be called at least twice in `watchdog_s`."""
 
 
 class SystemdNotifier:

@@ -21,6 +21,7 @@ from deconvd.wire.tensor import element_type_number
 from deconvd_server.call.context import CallContext
 from deconvd_server.engine.engine import Engine
 from deconvd_server.residents import Residents
+from deconvd_server.resources.worker_table import WORKERS
 from deconvd_server.service.call_tensors import CallTensors
 from deconvd_server.service.method import BidiStreamingMethod, RpcMethod, UnaryMethod
 from deconvd_server.service.parsed_request import note_telemetry, parse_request
@@ -128,6 +129,8 @@ class DeconvolutionService:
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=(*_FEATURES, WIDE_SUMS) if residents.engines.have_wide_sums else _FEATURES,
             counts=self._counts(call.identity).to_message(),
+            workers=WORKERS.workers,
+            worker_name=WORKERS.name,
         )
         info.MergeFrom(self._endpoints)
         return Envelope(info, {})

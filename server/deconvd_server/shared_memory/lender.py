@@ -33,6 +33,7 @@ from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 from deconvd_server.resources.peer_identity import peer_key_of_connection
 from deconvd_server.resources.unix_listener import PeerCredentials, SideSocket, peer_credentials
+from deconvd_server.resources.worker_table import WORKERS
 from deconvd_server.shared_memory.cuda_ipc import CardBorrowing, CardLender
 from deconvd_server.shared_memory.loans import (
     RESERVED_PART,
@@ -148,7 +149,7 @@ class Lender:
         if use is None:
             raise StaleRegionError(
                 f"{name} must be in shared memory that this server lends, and its region is unknown, was "
-                "given back, or was taken back when its client disconnected",
+                f"given back, or was taken back when its client disconnected{WORKERS.hint(region)}",
                 argument=name,
             )
         return use

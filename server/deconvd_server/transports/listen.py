@@ -19,7 +19,17 @@ from deconvd.host.system import MAX_UNIX_PATH_BYTES, is_valid_unix_path
 from deconvd.wire.grpc_options import NOT_IN_UNIX_PATHS, has_authority, unix_path
 from deconvd_server.resources.socket_file import Access, AddressInUseError, remove_dead_socket
 
-__all__ = ["bind", "host_of", "listen_tcp", "release", "side_hosts", "unix_socket_paths"]
+__all__ = [
+    "bind",
+    "host_of",
+    "listen_tcp",
+    "lock_path",
+    "release",
+    "reserve_port",
+    "side_hosts",
+    "unix_path_to_bind",
+    "unix_socket_paths",
+]
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]+):(?P<port>[0-9]+)")
 _EVERY_IPV4: Final = "0.0.0.0"  # noqa: S104 - nothing is bound here
@@ -74,13 +84,22 @@ def bind(
     """
     host = host_of(address)
     if host is None:
-        path = _unix_path(address)
-        if not path.parent.is_dir():
-            raise _unix_error("in a directory that exists", address)
-        _bind_unix(server, _canonical_path(path), address, access)
+        _bind_unix(server, unix_path_to_bind(address), address, access)
         return address
     port = _add_port(server, address, address, server_credentials)
     return f"{host}:{port}"
+
+
+def unix_path_to_bind(address: str) -> Path:
+    """Return the path of a Unix socket to listen on, from the root and without links if possible.
+
+    Raises:
+        InvalidArgumentError: The address has another form, or its directory does not exist.
+    """
+    path = _unix_path(address)
+    if not path.parent.is_dir():
+        raise _unix_error("in a directory that exists", address)
+    return _canonical_path(path)
 
 
 def host_of(address: str) -> str | None:
@@ -115,7 +134,7 @@ def release(address: str) -> None:
         path = _canonical_path(_unix_path(address))
         # Another server may listen there by now, or the whole directory may have been removed.
         try:
-            with suppress(AddressInUseError, FileNotFoundError), _lock_path(path):
+            with suppress(AddressInUseError, FileNotFoundError), lock_path(path):
                 remove_dead_socket(path)
         except OSError as error:
             _log.warning("the file of a Unix socket cannot be removed: %s", error)
@@ -136,7 +155,11 @@ def side_hosts(addresses: Iterable[str]) -> list[str]:
 
 
 def listen_tcp(
-    addresses: Iterable[str], port: int, purpose: str = "direct calls"
+    addresses: Iterable[str],
+    port: int,
+    purpose: str = "direct calls",
+    *,
+    shares_port: bool = False,
 ) -> list[socket.socket]:
     """Return sockets that listen on the hosts of `addresses`, all on one TCP port. Unix addresses are passed over.
 
@@ -144,6 +167,7 @@ def listen_tcp(
         addresses: Addresses that `bind` has returned.
         port: The port; 0 for any free port.
         purpose: What is served there, for errors.
+        shares_port: Whether other processes of this user may have the port, too: see `reserve_port`.
 
     Raises:
         AddressInUseError: Another process has the port.
@@ -151,7 +175,7 @@ def listen_tcp(
     listeners: list[socket.socket] = []
     try:
         for family, host in _tcp_addresses(addresses):
-            listener = _open_listener(family, host, port)
+            listener = _open_listener(family, host, port, shares_port=shares_port)
             if listener is not None:
                 listeners.append(listener)
                 port = listener.getsockname()[1]  # the others must have the same
@@ -164,6 +188,48 @@ def listen_tcp(
             errno.EADDRINUSE, f"cannot listen for {purpose}: {reason}", f"port {port}"
         ) from error
     return listeners
+
+
+def reserve_port(addresses: Iterable[str], port: int, purpose: str) -> list[socket.socket]:
+    """Return sockets that keep a TCP port on the hosts of `addresses`, for other processes of this user to listen on.
+
+    No connection comes to these sockets. No process of another user can have the port while they are open, and none of
+    this user that does not set SO_REUSEPORT.
+
+    Args:
+        addresses: ``host:port``; their ports are passed over, and Unix addresses, too.
+        port: The port; 0 for any free port.
+        purpose: What is served there, for errors.
+
+    Raises:
+        AddressInUseError: Another process has the port, even if it would share it.
+    """
+    keepers: list[socket.socket] = []
+    try:
+        for family, host in _tcp_addresses(addresses):
+            keeper = socket.socket(family, socket.SOCK_STREAM)
+            keepers.append(keeper)
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                keeper.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            try:
+                keeper.bind((host, port))
+            except OSError as error:
+                if error.errno not in _NO_SUCH_ADDRESS:
+                    raise
+                keepers.pop().close()
+                continue
+            # only now: before, it would share the port with a server that shares it as well
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # nor with another keeper
+            port = keeper.getsockname()[1]  # the others must have the same
+    except OSError as error:
+        for keeper in keepers:
+            keeper.close()
+        raise AddressInUseError(
+            errno.EADDRINUSE, f"cannot listen for {purpose}: {error.strerror}", f"port {port}"
+        ) from error
+    return keepers
 
 
 def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
@@ -179,11 +245,15 @@ def _tcp_addresses(addresses: Iterable[str]) -> list[tuple[int, str]]:
     return list(dict.fromkeys(found))
 
 
-def _open_listener(family: int, host: str, port: int) -> socket.socket | None:
+def _open_listener(family: int, host: str, port: int, *, shares_port: bool) -> socket.socket | None:
     """Return a listening socket; None if this machine does not have the address."""
     try:
         listener = socket.create_server(
-            (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=host == "::"
+            (host, port),
+            family=family,
+            backlog=_BACKLOG,
+            reuse_port=shares_port,
+            dualstack_ipv6=host == "::",
         )
     except OSError as error:
         if error.errno in _NO_SUCH_ADDRESS:
@@ -231,7 +301,7 @@ def _unix_error(allowed: str, address: str) -> InvalidArgumentError:
 
 
 def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | None) -> None:
-    with _lock_path(path):
+    with lock_path(path):
         remove_dead_socket(path)
         if access is None:
             _add_port(server, f"unix:{path}", address)
@@ -250,7 +320,7 @@ def _bind_unix(server: PortBinder, path: Path, address: str, access: Access | No
 
 
 @contextmanager
-def _lock_path(path: Path) -> Iterator[None]:
+def lock_path(path: Path) -> Iterator[None]:
     """Keep other servers from a socket's path for the block.
 
     Otherwise two servers that start at once could both find the socket dead, and the second would remove the socket of

@@ -24,6 +24,7 @@ def open_device(
     memory_limit_bytes: int | None = None,
     plan_store: Path | None = None,
     on_lost: Callable[[DeviceLostError], None] = lambda _: None,
+    parts_count: int = 1,
 ) -> CudaDevice:
     """Return a card as a device. Arguments and errors are those of `CudaDevice`.
 
@@ -34,7 +35,11 @@ def open_device(
     from deconvd_server.device.cuda.device import CudaDevice
 
     return CudaDevice(
-        ordinal, memory_limit_bytes=memory_limit_bytes, plan_store=plan_store, on_lost=on_lost
+        ordinal,
+        memory_limit_bytes=memory_limit_bytes,
+        plan_store=plan_store,
+        on_lost=on_lost,
+        parts_count=parts_count,
     )
 
 

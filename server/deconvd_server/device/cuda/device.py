@@ -103,6 +103,8 @@ class CudaDevice(CardTensors):
         plan_store: Folder where choices of plans are stored; None to forget them with the process.
         on_lost: Called, from any thread, when the card must be reset, which only a new process recovers from.
         limits: Other limits; None for the default ones.
+        parts_count: How many processes share the card's memory: without a limit, this one takes nine tenths of its
+            part, or of what is free if that is less.
 
     Attributes:
         candidates: Makes the plans that the card could use.
@@ -121,12 +123,14 @@ class CudaDevice(CardTensors):
         plan_store: Path | None = None,
         on_lost: Callable[[DeviceLostError], None] = lambda _: None,
         limits: CudaLimits | None = None,
+        parts_count: int = 1,
     ) -> None:
         self._card = open_card(ordinal)
         self._id = f"cuda:{ordinal}"
         self._error_translation = ErrorTranslation(self._id, on_lost)
         self._limits = limits or CudaLimits()
-        limit_bytes = memory_limit_bytes or int(self._card.free_bytes * _FREE_SHARE)
+        part_bytes = min(self._card.free_bytes, self._card.memory_bytes // parts_count)
+        limit_bytes = memory_limit_bytes or int(part_bytes * _FREE_SHARE)
         self._budget_bytes = self._budget(limit_bytes)
         with current_device(ordinal):
             self._cudnn = Cudnn()

@@ -76,6 +76,7 @@ class GrpcServer:
         connections_count: How many connections it may have.
         streams_count: How many calls one connection may have under way.
         connection_age_s: How long a connection may last, with or without calls; None for as long as its client likes.
+        shares_ports: Whether other processes of this user may listen on the same TCP ports.
         on_lost: Called if the thread ends without being stopped.
     """
 
@@ -89,6 +90,7 @@ class GrpcServer:
         connections_count: int,
         streams_count: int = _STREAMS_COUNT,
         connection_age_s: float | None = None,
+        shares_ports: bool = False,
         on_lost: Callable[[], None],
     ) -> None:
         unasked_bytes = min(
@@ -103,7 +105,7 @@ class GrpcServer:
             *(option for option in GRPC_OPTIONS if option[0] != _LOOKAHEAD_OPTION),
             (_LOOKAHEAD_OPTION, unasked_bytes),
             # Otherwise a second server could share the port, and nobody would notice.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(shares_ports)),
         ]
         if connection_age_s is not None:
             age_ms = int(connection_age_s * 1000)

@@ -1,0 +1,53 @@
+"""The processes that serve as one, as each of them knows them, and how a name tells which of them has made it.
+
+A supervisor starts such processes: see `deconvd_server.supervision`. A process that serves alone has an empty table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from deconvd.v1 import deconvd_pb2 as pb
+
+__all__ = ["MAX_WORKERS_COUNT", "WORKERS", "WorkerTable"]
+
+MAX_WORKERS_COUNT: Final = 128
+"""The most processes that serve as one: the first byte of a secret name has their numbers."""
+
+
+class WorkerTable:
+    """All processes that serve as one. Any thread may read it while another one replaces it.
+
+    Attributes:
+        name: This process's name, which is its number; empty if it serves alone.
+        workers: All of them, this one included; empty if it serves alone.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.workers: Sequence[pb.Worker] = ()
+
+    @property
+    def mark(self) -> bytes:
+        """What the secret names of this process begin with: the byte of its number, or nothing if it serves alone."""
+        return bytes([int(self.name)]) if self.name else b""
+
+    def hint(self, secret_name: bytes) -> str:
+        """Return where a name may be known that is not known here, as the end of a message; empty if nobody knows."""
+        number = secret_name[:1].hex()
+        for worker in self.workers:
+            if worker.name != self.name and number == f"{int(worker.name):02x}":
+                return (
+                    f"; worker {worker.name} has made it, which alone answers on {_where(worker)}"
+                )
+        return ""
+
+
+def _where(worker: pb.Worker) -> str:
+    port = [f"port {worker.grpc_port}"] if worker.grpc_port else []
+    return " and ".join([*port, *(f"unix:{path}" for path in worker.unix_sockets)])
+
+
+WORKERS: Final = WorkerTable()
+"""The table of this process."""

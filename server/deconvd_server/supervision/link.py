@@ -1,0 +1,107 @@
+"""The link between a supervisor and a worker: packets of one letter and its contents, each way.
+
+| from | letter | contents |
+|---|---|---|
+| worker | R, it serves | its entry in the table: a `Worker` message |
+| worker | A, its main thread is alive; S, it is about to end | |
+| supervisor | T, the table of all workers | a `GetServerInfoResponse` with `workers` alone |
+| supervisor | D, drain; C, cancel the calls that the drain waits for | |
+
+The end of a link is the end of the process at its other end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import threading
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.exit_reasons import ExitReasons, StopRequest
+from deconvd_server.resources.worker_table import WORKERS
+
+__all__ = ["MAX_PACKET_BYTES", "LinkNotifier", "Packet", "start_link_thread"]
+
+MAX_PACKET_BYTES: Final = 160 << 10
+"""More than a table of the most workers takes, with the longest paths, and less than the kernel's buffers."""
+
+_log = logging.getLogger(__name__)
+
+
+class Packet(bytes, Enum):
+    """The letter of a packet."""
+
+    READY = b"R"
+    ALIVE = b"A"
+    STOPPING = b"S"
+    TABLE = b"T"
+    DRAIN = b"D"
+    CUT = b"C"
+
+
+_REQUESTS: Final = {Packet.DRAIN: StopRequest.DRAIN, Packet.CUT: StopRequest.CUT}
+
+
+def start_link_thread(link: socket.socket, reasons: ExitReasons) -> None:
+    """Do what the supervisor says, in a thread of its own; drain if it ends."""
+
+    def run() -> None:
+        while packet := _receive(link):
+            letter = Packet(packet[:1])
+            if letter is Packet.TABLE:
+                WORKERS.workers = pb.GetServerInfoResponse.FromString(packet[1:]).workers
+            else:
+                reasons.put(_REQUESTS[letter])
+        _log.warning("the supervisor has ended")
+        reasons.put(StopRequest.DRAIN)
+
+    threading.Thread(target=run, name="link", daemon=True).start()
+
+
+def _receive(link: socket.socket) -> bytes:
+    """Return the next packet; nothing once the other process has ended."""
+    try:
+        return link.recv(MAX_PACKET_BYTES)
+    except ConnectionResetError:
+        return b""
+
+
+class LinkNotifier:
+    """Tells the supervisor how a worker is. See `deconvd_server.resources.systemd.Notifier`.
+
+    Args:
+        link: The worker's end of the link.
+        watchdog_s: How long the worker may be silent; None if nobody minds.
+        describe: Returns the worker's entry in the table. Called once it serves.
+    """
+
+    def __init__(
+        self, link: socket.socket, watchdog_s: float | None, describe: Callable[[], pb.Worker]
+    ) -> None:
+        self.watchdog_s = math.inf if watchdog_s is None else watchdog_s
+        self._link = link
+        self._describe = describe
+
+    def notify_ready(self) -> None:
+        """Tell that the worker serves."""
+        self._send(Packet.READY, self._describe().SerializeToString())
+
+    def notify_stopping(self) -> None:
+        """Tell that it is about to end."""
+        self._send(Packet.STOPPING)
+
+    def notify_alive(self) -> None:
+        """Tell that its main thread is alive. The supervisor wants to know, whether or not systemd does."""
+        self._send(Packet.ALIVE)
+
+    def _send(self, letter: Packet, contents: bytes = b"") -> None:
+        try:
+            self._link.send(letter.value + contents, socket.MSG_DONTWAIT)
+        except (
+            OSError
+        ) as error:  # the supervisor has ended, as the thread sees too, or does not read for long
+            _log.debug("cannot tell the supervisor %s: %s", letter.name, error.strerror)

@@ -1,0 +1,323 @@
+"""A worker, as its supervisor sees it: its process, its link, and what is known of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Final
+
+from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_server.exit_codes import ExitCode
+from deconvd_server.resources.machine import PARTS_VARIABLE
+from deconvd_server.supervision.layout import WorkerPlace
+from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet
+from deconvd_server.supervision.metrics_channel import MetricsChannel
+from deconvd_server.supervision.orders import WorkerOrders
+
+__all__ = ["Worker", "WorkerState"]
+
+_FIRST_PAUSE_S: Final = 0.2
+"""How soon the first process after one that has ended is started; the pause doubles with each that ends soon."""
+
+_LONGEST_PAUSE_S: Final = 30.0
+
+_LASTING_S: Final = 60.0
+"""How long a process must have lasted for the next pause to be the first one again."""
+
+_SILENT_S: Final = 10.0
+"""After that time without a sign of life a worker is not called any more. It says that it is alive once a second."""
+
+_COULD_NOT_START: Final = (ExitCode.FAILED, ExitCode.WRONG_OPTION)
+
+_log = logging.getLogger("deconvd_server")
+
+
+class WorkerState(Enum):
+    """Where a worker is in its life.
+
+    STARTING --ready--> SERVING --it stops, or is told to--> STOPPING
+        `------------------|-------its process ends-----------'----> WAITING --pause over--> STARTING
+    any of them --its process ends in a drain--> ENDED
+    """
+
+    STARTING = "starting"
+    SERVING = "serving"
+    STOPPING = "stopping"
+    WAITING = "waiting"
+    ENDED = "ended"
+
+
+class Worker:
+    """A worker. Its process is replaced when it ends, and it keeps its name and addresses.
+
+    Attributes:
+        place: Its place among the others.
+        state: Where it is in its life.
+        metrics: How it is asked for metrics; None if nobody asks, or there is no process.
+        link: Its link, to wait for; None if there is no process.
+        exit_code: What the last process has ended with, as `subprocess` counts; None before.
+        restarts_count: How many processes it has had after the first.
+        has_served: Whether one of them has served.
+
+    Args:
+        grpc_port: Its own port, or 0.
+        options: Its own values for options of the command.
+        has_metrics: Whether it will be asked for metrics.
+        watchdog_s: How long it may be silent before it is killed; None for as long as it likes.
+        workers_count: How many share the machine.
+    """
+
+    def __init__(
+        self,
+        place: WorkerPlace,
+        grpc_port: int,
+        options: Mapping[str, Any],
+        *,
+        has_metrics: bool,
+        watchdog_s: float | None,
+        workers_count: int,
+    ) -> None:
+        self.place = place
+        self.state = WorkerState.WAITING
+        self.metrics: MetricsChannel | None = None
+        self.link: socket.socket | None = None
+        self.exit_code: int | None = None
+        self.restarts_count = -1
+        self.has_served = False
+        self._message = pb.Worker(name=place.name, grpc_port=grpc_port, devices=[place.device])
+        self._options = options
+        self._has_metrics = has_metrics
+        self._watchdog_s = watchdog_s
+        self._workers_count = workers_count
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failures_count = 0
+        self._start_due_s = 0.0
+        self._started_s = 0.0
+        self._alive_s = 0.0
+        self._owes_table = False
+        self._drained_code: int | None = None
+
+    def __str__(self) -> str:
+        return f"worker {self.place.name} ({self.place.device})"
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether calls should be sent to it."""
+        return self.state is WorkerState.SERVING and time.monotonic() - self._alive_s < _SILENT_S
+
+    @property
+    def has_process(self) -> bool:
+        """Whether it has a process that has not ended."""
+        return self._process is not None
+
+    @property
+    def start_due_s(self) -> float:
+        """When its next process is to be started, by the monotonic clock; infinity if it has one, or needs none."""
+        return self._start_due_s if self.state is WorkerState.WAITING else math.inf
+
+    @property
+    def own_paths(self) -> Sequence[str]:
+        """The paths of its own Unix sockets; empty before it has served."""
+        return self._message.unix_sockets
+
+    def message(self) -> pb.Worker:
+        """Return its entry in the table."""
+        message = pb.Worker(is_serving=self.is_serving)
+        message.MergeFrom(self._message)
+        return message
+
+    @property
+    def end_of_drain(self) -> ExitCode:
+        """What a drain has come to here: DRAINED if there was no process, or it had not served yet."""
+        if self.has_process:
+            return ExitCode.CUT_SHORT
+        if self._drained_code is None or self._drained_code in _COULD_NOT_START:
+            return ExitCode.DRAINED
+        try:
+            return ExitCode(self._drained_code)
+        except ValueError:  # a signal, or an exit code that is none of ours
+            return ExitCode.CUT_SHORT
+
+    def start_if_due(self) -> bool:
+        """Start a process if there is none, and the pause is over. Return whether one was started."""
+        if self.state is not WorkerState.WAITING or time.monotonic() < self._start_due_s:
+            return False
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        link, link_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        metrics, metrics_end = socket.socketpair() if self._has_metrics else (None, None)
+        orders = WorkerOrders(
+            name=self.place.name,
+            link=link_end.fileno(),
+            metrics=None if metrics_end is None else metrics_end.fileno(),
+            card_parts_count=self.place.sharers_count,
+            watchdog_s=self._watchdog_s,
+            options=self._options,
+        )
+        ends = [end for end in (link_end, metrics_end) if end is not None]
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, *sys.orig_argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the supervisor alone prints where to call
+                env={
+                    **os.environ,
+                    PARTS_VARIABLE: str(self._workers_count),
+                    **orders.to_environment(),
+                },
+                pass_fds=[end.fileno() for end in ends],
+                process_group=0,  # Ctrl-C is for the supervisor
+            )
+        except OSError as error:
+            _log.error("%s cannot be started: %s", self, error)
+            link.close()
+            if metrics is not None:
+                metrics.close()
+            self._wait_for_next()
+            return
+        finally:
+            for end in ends:
+                end.close()
+        link.setblocking(False)
+        self.link = link
+        self.metrics = None if metrics is None else MetricsChannel(metrics)
+        self.state = WorkerState.STARTING
+        self.restarts_count += 1
+        self._alive_s = self._started_s = time.monotonic()
+        _log.info("%s: process %d starts", self, self._process.pid)
+
+    def take_packets(self) -> bool:
+        """Read what it says. Return whether its entry in the table has changed."""
+        has_changed = False
+        while self.link is not None:
+            try:
+                packet = self.link.recv(MAX_PACKET_BYTES)
+            except BlockingIOError:
+                break
+            except ConnectionResetError:
+                packet = b""
+            if not packet:
+                self._close_link()  # its process ends, or has ended
+                return True
+            has_changed |= self._take(Packet(packet[:1]), packet[1:])
+        return has_changed
+
+    def _take(self, letter: Packet, contents: bytes) -> bool:
+        was_serving = self.is_serving
+        self._alive_s = time.monotonic()
+        if letter is Packet.READY:
+            described = pb.Worker.FromString(contents)
+            for field in ("unix_sockets", "devices"):
+                self._message.ClearField(field)
+            self._message.MergeFrom(described)
+            if self.state is WorkerState.STARTING:
+                self.state, self.has_served = WorkerState.SERVING, True
+        elif letter is Packet.STOPPING:
+            self.state = WorkerState.STOPPING
+        return self.is_serving != was_serving or letter is Packet.READY
+
+    def tell(self, letter: Packet) -> None:
+        """Tell it what to do, if it has a process."""
+        if letter is Packet.DRAIN and self.state is WorkerState.WAITING:
+            self.state = WorkerState.ENDED
+        self._send(letter.value)
+
+    def tell_table(self, table: bytes) -> None:
+        """Tell it of all workers. If it does not read now, `owes_table` is true afterwards."""
+        self._owes_table = not self._send(Packet.TABLE.value + table)
+
+    @property
+    def owes_table(self) -> bool:
+        """Whether it has not been told the last table."""
+        return self._owes_table and self.link is not None
+
+    def _send(self, packet: bytes) -> bool:
+        try:
+            if self.link is not None:
+                self.link.send(packet, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError:  # it ends, as its link will say
+            return True
+        return True
+
+    def kill_if_silent(self) -> None:
+        """Kill its process if its main thread has been silent for too long: it hangs, and would for ever."""
+        if (
+            self._watchdog_s is not None
+            and self.state in (WorkerState.SERVING, WorkerState.STOPPING)
+            and time.monotonic() - self._alive_s > self._watchdog_s
+        ):
+            _log.error("%s has been silent for %g s, and is killed", self, self._watchdog_s)
+            self.kill()
+
+    def kill(self) -> None:
+        """End its process at once."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+
+    def reap(self, *, is_draining: bool) -> bool:
+        """Note the end of its process, if it has ended. Return whether it has.
+
+        Args:
+            is_draining: Whether it is not to be started again.
+        """
+        if self._process is None or (code := self._process.poll()) is None:
+            return False
+        self.exit_code, self._process = code, None
+        self._close_link()
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
+        if is_draining:
+            self.state = WorkerState.ENDED
+            self._drained_code = code
+            _log.info("%s %s", self, _describe_end(code))
+        else:
+            self._wait_for_next()
+            pause_s = self._start_due_s - time.monotonic()
+            level = logging.INFO if code == ExitCode.DRAINED else logging.ERROR
+            _log.log(
+                level, "%s %s; the next one starts in %.1f s", self, _describe_end(code), pause_s
+            )
+        return True
+
+    def _wait_for_next(self) -> None:
+        if time.monotonic() - self._started_s > _LASTING_S:
+            self._failures_count = 0
+        pause_s = min(_FIRST_PAUSE_S * 2**self._failures_count, _LONGEST_PAUSE_S)
+        self._failures_count += 1
+        self._start_due_s = time.monotonic() + pause_s
+        self.state = WorkerState.WAITING
+
+    def _close_link(self) -> None:
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+        if self.state in (WorkerState.STARTING, WorkerState.SERVING):
+            self.state = WorkerState.STOPPING
+
+
+def _describe_end(code: int) -> str:
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"was ended by {name}"
+    try:
+        return f"has ended with exit code {code} ({ExitCode(code).name.lower()})"
+    except ValueError:
+        return f"has ended with exit code {code}"
