@@ -135,15 +135,13 @@ def side_hosts(addresses: Iterable[str]) -> list[str]:
     return hosts
 
 
-def listen_tcp(
-    addresses: Iterable[str], port: int, purpose: str = "direct calls"
-) -> list[socket.socket]:
+def listen_tcp(addresses: Iterable[str], port: int, purpose: str) -> list[socket.socket]:
     """Return sockets that listen on the hosts of `addresses`, all on one TCP port. Unix addresses are passed over.
 
     Args:
         addresses: Addresses that `bind` has returned.
         port: The port; 0 for any free port.
-        purpose: What is served there, for errors.
+        purpose: What is served there, and by which option, for errors.
 
     Raises:
         AddressInUseError: Another process has the port.
