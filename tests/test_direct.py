@@ -202,7 +202,8 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 1
         assert (
-            f"cannot listen for direct calls: Address already in use: 'port {port}'" in ended.stderr
+            "cannot listen for direct calls (--direct-port): Address already in use: "
+            f"'port {port}'" in ended.stderr
         )
     with server_process(
         tmp_path, "--direct-port", str(port), listen=("127.0.0.1:0", "localhost:0")

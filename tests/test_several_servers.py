@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,20 @@ def test_health_is_that_of_the_best(fleet: Fleet) -> None:
         assert F.server_info().version == deconvd_client.__version__
     with pytest.raises(deconvd_client.CallCancelledError):
         F.deconvolution_2d(X, FILTERS[0])
+
+
+def test_each_server_has_an_equal_part_of_the_time_in_which_health_is_asked_for() -> None:
+    with ExitStack() as stack:
+        # the system accepts connections, and nobody answers
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        targets = [f"127.0.0.1:{each.getsockname()[1]}" for each in silent]
+        F = stack.enter_context(deconvd_client.connect(targets, timeout_s=1.5))
+        began_s = time.monotonic()
+        with pytest.raises((DeadlineError, UnavailableError)):
+            F.health()
+        passed_s = time.monotonic() - began_s
+
+    assert passed_s > 1.4
 
 
 def test_status_shows_each_of_several_servers(fleet: Fleet) -> None:
