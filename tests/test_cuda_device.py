@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from benchmarks.random_problems import RandomProblem, draw_problem
 from deconvd.direct.connection_errors import ConnectionBrokenError
 from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
@@ -31,6 +33,9 @@ from deconvd_server.device import Operand
 from deconvd_server.device import arriving as device_arriving
 from deconvd_server.device.arriving import ArrivalTimeoutError, wait_for
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.cuda.plan import Product
+from deconvd_server.device.cuda.plans.choice import Choice
+from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.transports.direct.write_progress import WriteProgress
 from tests import definition
 from tests.devices import GradientRequest, deconvolve, gradients, make_arriving, runner
@@ -40,10 +45,14 @@ from tests.stream_pairs import overlapped_streams
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.api.runtime import Graph, Stream
     from deconvd_server.device.cuda.device import CudaDevice, CudaLimits
+    from deconvd_server.device.cuda.plans.casting import operands_of
+    from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 else:
     pytest.importorskip("cupy")
     from deconvd_server.device.cuda.api.runtime import Graph, Stream
     from deconvd_server.device.cuda.device import CudaDevice, CudaLimits
+    from deconvd_server.device.cuda.plans.casting import operands_of
+    from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 
 pytestmark = pytest.mark.gpu
 
@@ -817,6 +826,78 @@ def test_a_restarted_device_chooses_nothing_that_it_knew(tmp_path: Path) -> None
     assert warm[0] == cold[0]
 
 
+def test_two_devices_choose_the_same_for_deterministic_results() -> None:
+    problems = [draw_problem(number) for number in range(24)]
+
+    def run() -> list[tuple[Choice, bytes]]:
+        device = CudaDevice(0)
+        try:
+            return [steady_result(device, drawn) for drawn in problems]
+        finally:
+            device.close()
+
+    first, second = run(), run()
+
+    for drawn, one, other in zip(problems, first, second, strict=True):
+        assert one == other, drawn
+        assert one[0].deterministic
+        assert one[0].tuned_ms is None
+
+
+def steady_result(device: CudaDevice, drawn: RandomProblem) -> tuple[Choice, bytes]:
+    """Return the choice for a problem with deterministic results, and the bits of its result."""
+    options = replace(drawn.options, cudnn_deterministic=True)
+    result = product_of(device, drawn, random_operands(drawn), options)
+    stream = device.make_stream()
+    with device.activate():
+        key = device.plan_key(drawn.product, drawn.problem, options)
+        open_timer = partial(open_plan_timer, device.memory)
+        choice = Tuner(device.candidates, open_timer, tuning_limit_s=5).choose(key, stream).choice
+    device.release_stream(stream.pointer)
+    return choice, result.tobytes()
+
+
+def random_operands(drawn: RandomProblem) -> list[Array]:
+    specs = operands_of(drawn.product, drawn.problem)
+    return [random_array(spec, seed) for seed, spec in enumerate(specs)]
+
+
+@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("is_steady", [False, True], ids=["default", "deterministic"])
+def test_plans_that_the_cost_model_picks_are_right(
+    cuda: CudaDevice, cpu: CpuDevice, number: int, is_steady: bool
+) -> None:
+    drawn = draw_problem(number)
+    if drawn.flops > 2e9 or drawn.type_name == "tf32":
+        pytest.skip("slow on a processor, or of another precision")
+    operands = random_operands(drawn)
+    options = replace(drawn.options, cudnn_deterministic=is_steady)
+    found = product_of(cuda, drawn, operands, options)
+    assert_near(found, product_of(cpu, drawn, operands, options), drawn.problem)
+
+
+def product_of(
+    device: CudaDevice | CpuDevice,
+    drawn: RandomProblem,
+    operands: Sequence[Array],
+    options: Options,
+) -> Array:
+    """Return a problem's one product, of the operands of its plan."""
+    problem, (a, b) = drawn.problem, operands
+    if drawn.product is Product.Y:
+        return deconvolve(device, problem, a, b, None, options, CallContext())
+    by_gx = drawn.product is Product.GX
+    x = np.zeros(problem.x.shape, problem.x.dtype) if by_gx else a
+    W = b if by_gx else np.zeros(problem.W.shape, problem.W.dtype)
+    found = gradients(
+        *(device, problem, x, W, a if by_gx else b),
+        *(GradientRequest(), options, CallContext()),
+    )
+    result = found.gx if by_gx else found.gW
+    assert result is not None
+    return result
+
+
 def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     problem = layer(np.dtype(np.float32), n=1)
     x, W = random_array(problem.x), random_array(problem.W)
@@ -825,7 +906,7 @@ def test_a_damaged_blob_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
         deconvolve(device, problem, x, W, None, Options(), CallContext())
         assert device.stats.plans.chosen_count == expected
         device.close()
-        (path,) = tmp_path.glob("*.json")
+        (path,) = tmp_path.glob("[0-9a-f][0-9a-f]/*.json")
         if not caplog.records:
             path.write_bytes(path.read_bytes().replace(b"checksum", b"chequesum"))
             caplog.clear()
