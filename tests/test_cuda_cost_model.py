@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
 from benchmarks.fit_cost_model import MeasuredProblem, fit, load_problems, picks
-from benchmarks.random_problems import draw_problem
-from deconvd.model.options import Options, UseCudnn
+from benchmarks.random_problems import RandomProblem, draw_problem
+from deconvd.model.options import Options, UseCudnn, UseCudnnTensorCore
 from deconvd_server.device.cuda import kernels
+from deconvd_server.device.cuda.plans.candidate import Candidate
+from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.cost_model import (
     Family,
     cost_model,
     order_families,
     worth_trying,
 )
+from deconvd_server.device.cuda.plans.key import PlanKey
 from tests.fake_plans import FAILS, FakeBuildThreads, FakeCandidates, FakePlan, key_of, tuner_of
 
 PROCESSORS_COUNT = 132
@@ -97,6 +103,68 @@ def test_where_nothing_is_timed_ours_is_taken_before_a_plan_of_cudnn_that_is_har
 ):
     assert order_families({Family.CUDNN: 0.95, Family.FALLBACK: 1.0})[0] is Family.FALLBACK
     assert order_families({Family.CUDNN: 0.8, Family.FALLBACK: 1.0})[0] is Family.CUDNN
+
+
+class AskedCandidates(Candidates):
+    """Gives plans of our own kernels for a card that was measured. Counts how often cuDNN is asked, and gives none."""
+
+    def __init__(self) -> None:
+        no_cudnn: Any = None
+        super().__init__(no_cudnn, PROCESSORS_COUNT, cost_model())
+        self.asked_count = 0
+
+    def cudnn_engines(self, *_: object, **__: object) -> Iterator[Candidate]:
+        self.asked_count += 1
+        return iter(())
+
+
+def contenders(
+    drawn: RandomProblem, *, limit_bytes: int = 1 << 30, **options: object
+) -> tuple[list[str], int]:
+    """Return the names of the plans that are picked for a problem, and how often cuDNN was asked."""
+    candidates = AskedCandidates()
+    changed = replace(drawn.options, **options)  # type: ignore[arg-type]
+    key = PlanKey.of(drawn.product, drawn.problem, changed, limit_bytes)
+    names = [candidate.choice.name for candidate in candidates.contenders(key, 0)]
+    return names, candidates.asked_count
+
+
+def test_cudnn_is_not_asked_where_it_cannot_win_nor_where_it_must_not_be_used() -> None:
+    asked = [contenders(draw_problem(number))[1] for number in range(200)]
+    assert 20 < asked.count(0) < 180
+    assert not any(
+        contenders(draw_problem(number), use_cudnn=UseCudnn.NEVER)[1] for number in range(200)
+    )
+
+
+def test_for_deterministic_results_all_of_ours_and_the_fallback_are_there_in_some_order() -> None:
+    for number in range(100):
+        drawn = draw_problem(number)
+        names, asked_count = contenders(drawn, cudnn_deterministic=True)
+        assert asked_count == 2  # by mode A, which gave nothing, and by the fallback mode
+        plans = kernels.candidates(drawn.product, drawn.problem, drawn.options, PROCESSORS_COUNT)
+        assert sorted(names) == sorted(["gemm columns", *(plan.name for plan in plans)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cudnn": UseCudnn.ALWAYS},
+        {"use_cudnn_tensor_core": UseCudnnTensorCore.NEVER},
+    ],
+    ids=["cuDNN must be used", "tensor cores were not measured"],
+)
+def test_it_has_no_opinion_on_what_it_does_not_know(options: dict[str, object]) -> None:
+    assert contenders(draw_problem(0), **options) == ([], 0)
+
+
+def test_plans_whose_workspace_is_too_large_are_no_picks() -> None:
+    names = {
+        name
+        for number in range(100)
+        for name in contenders(draw_problem(number), limit_bytes=0, use_cudnn=UseCudnn.NEVER)[0]
+    }
+    assert names <= {"depthwise"}
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> tuple[str, float | None]:

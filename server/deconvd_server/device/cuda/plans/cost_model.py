@@ -107,7 +107,7 @@ def cost_model() -> CostModel:
 
 def worth_trying(predicted_ms: Mapping[Family, float]) -> list[Family]:
     """Return the families that are worth a try where a few may be timed, the most promising first."""
-    best_ms = min(predicted_ms.values())
+    best_ms = min(predicted_ms.values(), default=0.0)
     most_ms = best_ms * (_SHORT_RATIO if best_ms < _SHORT_MS else _LONG_RATIO)
     ordered = sorted(predicted_ms, key=predicted_ms.__getitem__)
     return [family for family in ordered if predicted_ms[family] <= most_ms]
