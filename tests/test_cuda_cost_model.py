@@ -154,7 +154,7 @@ def test_for_deterministic_results_all_of_ours_and_the_fallback_are_there_in_som
     ],
     ids=["cuDNN must be used", "tensor cores were not measured"],
 )
-def test_it_has_no_opinion_on_what_it_does_not_know(options: dict[str, object]) -> None:
+def test_it_has_no_opinion_on_what_it_does_not_know(options: dict[str, Any]) -> None:
     assert contenders(draw_problem(0), **options) == ([], 0)
 
 

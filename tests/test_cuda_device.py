@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import time
@@ -868,12 +869,25 @@ def test_plans_that_the_cost_model_picks_are_right(
     cuda: CudaDevice, cpu: CpuDevice, number: int, is_steady: bool
 ) -> None:
     drawn = draw_problem(number)
-    if drawn.flops > 2e9 or drawn.type_name == "tf32":
+    if drawn.flops > 3e8 or drawn.type_name == "tf32":
         pytest.skip("slow on a processor, or of another precision")
     operands = random_operands(drawn)
     options = replace(drawn.options, cudnn_deterministic=is_steady)
     found = product_of(cuda, drawn, operands, options)
-    assert_near(found, product_of(cpu, drawn, operands, options), drawn.problem)
+    expected = product_of(cpu, drawn, operands, options).astype(np.float64)
+    error = np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max()
+    # the roundings of long sums add up
+    assert error < ERRORS[found.dtype.name] * max(1.0, math.sqrt(terms_count(drawn) / 1000))
+
+
+def terms_count(drawn: RandomProblem) -> int:
+    """Return how many products each element of the result is a sum of, at most."""
+    problem, taps = drawn.problem, math.prod(drawn.problem.kernel)
+    return {
+        Product.Y: problem.c_I // problem.groups * taps,
+        Product.GX: problem.W.shape[1] * taps,
+        Product.GW: problem.n * math.prod(problem.image),
+    }[drawn.product]
 
 
 def product_of(
