@@ -41,7 +41,12 @@ _PARTS: Final = {
     "cuBLAS": ("kernels.blas:_Handles.get", "kernels.blas:Gemm.enqueue"),
     "allocate": ("api.memory_pool:CardMemoryPool.allocate",),
     "make noise": ("plans.plan_timer:_fill",),
-    "run plan to time it": ("plans.plan_timer:PlanTimer.time_ms",),
+    "run plan to time it": (
+        "plans.plan_timer:PlanTimer.time_ms",
+        "plans.plan_timer:PlanTimer.compare_ms",
+        "plans.plan_timer:PlanTimer.can_run",
+    ),
+    "predict": ("plans.cost_model:CostModel.predict_ms",),
     "choose": ("plans.plan_cache:PlanCache._build_resource",),
     "wait for a chosen plan": ("plans.plan_cache:PlanCache.get",),
     "execute cuDNN plan": ("cudnn.plan:CudnnPlan.execute",),

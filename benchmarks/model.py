@@ -3,18 +3,22 @@
 The problems are those of `benchmarks.random_problems`, by their numbers: 0 to 199 are to test with, and those from 1000
 on to fit with (``--first 1000``). The numbers are dealt out to N parts, so that the files of all parts can be merged.
 For each problem each candidate is made and timed that a server can try: our kernels, and what cuDNN's heuristics
-propose in both layouts. Engines that compile come last, and only with ``--compiling``: one of them takes 0.25 to 8 s. A
-problem, and the whole, has a bound on its time; what was left out is said.
+propose in both layouts. Then the server's own choice without ``autotune`` is made and timed, and the one that it makes
+for deterministic results. Engines that compile come last of the candidates, and only with ``--compiling``: one of them
+takes 0.25 to 8 s. A problem, and the whole, has a bound on its time; what was left out is said.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +30,7 @@ from benchmarks.commit import commit
 from benchmarks.floor import card_name
 from benchmarks.random_problems import RandomProblem, draw_problem
 from deconvd.host.system import processors_count
+from deconvd.model.options import Options
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.runtime import Stream, current_device
 from deconvd_server.device.cuda.cudnn import CudnnError
@@ -38,6 +43,7 @@ from deconvd_server.device.cuda.plans.casting import with_uniform_type
 from deconvd_server.device.cuda.plans.choice import Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.plan_timer import PlanTimer, open_plan_timer
+from deconvd_server.device.cuda.plans.tuner import Tuner
 
 _GIVE_UP_RATIO: Final = 6.0
 """A candidate that takes this many times as long as the best so far is timed only roughly."""
@@ -89,6 +95,9 @@ class ProblemRow:
 
     Attributes:
         tuned_ms: The fastest candidate that was timed.
+        model_ms: The one that a server chooses without ``autotune``, and `model_name` which one that is.
+        steady_ms, steady_name: The one that it chooses for deterministic results.
+        choose_ms, choose_steady_ms: How long these choices took.
         left_out: The sources that there was no time for.
     """
 
@@ -96,6 +105,12 @@ class ProblemRow:
     dtype: str
     op: str
     tuned_ms: float = float("inf")
+    model_ms: float = float("inf")
+    model_name: str = ""
+    choose_ms: float = 0.0
+    steady_ms: float = float("inf")
+    steady_name: str = ""
+    choose_steady_ms: float = 0.0
     left_out: list[str] = field(default_factory=list)
     candidates: list[CandidateRow] = field(default_factory=list)
 
@@ -103,7 +118,11 @@ class ProblemRow:
         timed = sorted(self.candidates, key=lambda row: row.ms)[:4]
         best = "  ".join(f"{row.ms:.4f} {row.source} {row.rank} {row.name}" for row in timed)
         number = self.problem["number"]
-        return f"{number:5} {self.dtype:8} {self.op:2} {len(self.candidates):3} candidates: {best}"
+        return (
+            f"{number:5} {self.dtype:8} {self.op:2} model {self.model_ms:.4f} {self.model_name} "
+            f"in {self.choose_ms:.1f}, steady {self.steady_ms:.4f} {self.steady_name} "
+            f"in {self.choose_steady_ms:.1f}, of {len(self.candidates):3}: {best}"
+        )
 
 
 @click.command(help=__doc__)
@@ -161,8 +180,29 @@ def main(
         f"{len(rows)} of {len(numbers)} problems timed, {left_out} of them not whole, "
         f"in {time.perf_counter() - end_s + limit_s:.0f} s"
     )
+    _print_ratios(rows)
     card.release_stream(stream.pointer)
     card.close()
+
+
+def _print_ratios(rows: Sequence[ProblemRow]) -> None:
+    """Print how near the choices come to the fastest of all plans, and how long they took."""
+    kinds = {
+        "without autotune": [(row.model_ms / row.tuned_ms, row.choose_ms) for row in rows],
+        "deterministic": [(row.steady_ms / row.tuned_ms, row.choose_steady_ms) for row in rows],
+    }
+    for kind, choices in kinds.items():
+        ratios = [ratio for ratio, _ in choices if ratio < float("inf")]
+        if not ratios:
+            continue
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        near = sum(ratio <= 1.3 for ratio in ratios) / len(ratios)
+        far = sum(ratio > 2 for ratio in ratios) / len(ratios)
+        took_ms = sorted(ms for _, ms in choices)
+        print(
+            f"{kind}: geometric mean {mean:.3f}, within 1.3 {near:.1%}, over 2 {far:.1%}, worst {max(ratios):.1f}, "
+            f"chosen in {statistics.median(took_ms):.2f} ms, 9 of 10 within {took_ms[len(took_ms) * 9 // 10]:.2f}"
+        )
 
 
 def _report(device: str, blobs: list[str], rows: list[ProblemRow]) -> dict[str, object]:
@@ -232,7 +272,28 @@ class _ProblemTimer:
             with open_plan_timer(self._card.memory, key, room_bytes, self._stream) as timer:
                 for source, candidates in self._sources(key, self._stream.pointer):
                     self._try_source(key, timer, source, islice(candidates, self._most))
+                self._time_choices(timer)
         return self._row
+
+    def _time_choices(self, timer: PlanTimer) -> None:
+        """Time what a server chooses without ``autotune``."""
+        drawn, row = self._drawn, self._row
+        row.model_name, row.model_ms, row.choose_ms = self._time_choice(timer, drawn.options)
+        steady = replace(drawn.options, cudnn_deterministic=True)
+        row.steady_name, row.steady_ms, row.choose_steady_ms = self._time_choice(timer, steady)
+        row.tuned_ms = min(row.tuned_ms, row.model_ms, row.steady_ms)
+
+    def _time_choice(self, timer: PlanTimer, options: Options) -> tuple[str, float, float]:
+        """Return a choice's name, how long its plan takes, and how long choosing it took, in milliseconds."""
+        open_timer = partial(open_plan_timer, self._card.memory)
+        tuner = Tuner(self._card.candidates, open_timer, tuning_limit_s=1.0)
+        key = self._card.plan_key(self._drawn.product, self._drawn.problem, options)
+        begin_s = time.perf_counter()
+        candidate = tuner.choose(key, self._stream)
+        choose_ms = (time.perf_counter() - begin_s) * 1e3
+        ms = timer.time_ms(candidate.plan, give_up_ms=float("inf"))
+        candidate.close()
+        return candidate.choice.name, round(ms, 5), round(choose_ms, 3)
 
     def _sources(self, key: PlanKey, stream: int) -> Iterator[tuple[str, Iterator[Candidate]]]:
         made = self._card.candidates

@@ -20,7 +20,7 @@ from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.device.cuda.plan import Product
 
-__all__ = ["RandomProblem", "draw_problem"]
+__all__ = ["TYPES", "RandomProblem", "draw_problem"]
 
 _MOST_BYTES: Final = 192 << 20
 """Bound on x, W and y together."""
@@ -28,13 +28,14 @@ _MOST_BYTES: Final = 192 << 20
 _MOST_FLOPS: Final = 2e11
 """Bound on the operations of a problem: 4 ms of a large card in float32, and more with a bad plan."""
 
-_TYPES: Final[dict[str, DType]] = {
+TYPES: Final[dict[str, DType]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": BFLOAT16,
     "float32": np.dtype(np.float32),
     "tf32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+"""Element types by their names. ``tf32`` is float32 with that arithmetic allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ def draw_problem(number: int) -> RandomProblem:
     """Return the problem of a number: always the same."""
     rng = random.Random(number)
     product = rng.choice(list(Product))
-    type_name = rng.choice([*_TYPES])
+    type_name = rng.choice([*TYPES])
     while True:
         try:
-            problem = _draw(rng, _TYPES[type_name])
+            problem = _draw(rng, TYPES[type_name])
         except InvalidArgumentError:
             continue
         drawn = RandomProblem(number, product, problem, type_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +54,12 @@ class FakeCandidates:
 
     def __init__(self, *plans: FakePlan) -> None:
         self.plans = plans
+        self.contending: tuple[FakePlan, ...] = ()
         self.closed: list[str] = []
         self.damaged = False
+
+    def contenders(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        yield from map(self.candidate, self.contending)
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.plans)
@@ -82,6 +86,9 @@ class FakePlanTimer:
 
     def time_ms(self, plan: FakePlan, *, give_up_ms: float) -> float:
         return plan.ms
+
+    def compare_ms(self, plans: Sequence[FakePlan]) -> list[float]:
+        return [plan.ms for plan in plans]
 
 
 class FakeBuildThreads:

@@ -48,6 +48,7 @@ from deconvd_server.device.cuda.memory_estimate import MemoryEstimate
 from deconvd_server.device.cuda.plan import PRODUCTS, Plan, Product
 from deconvd_server.device.cuda.plans.build_threads import BuildThreads
 from deconvd_server.device.cuda.plans.candidates import Candidates
+from deconvd_server.device.cuda.plans.cost_model import MEASURED_CAPABILITY, cost_model
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
@@ -142,7 +143,10 @@ class CudaDevice(CardTensors):
                 allocate_shared=self._pool.allocate_shared,
             )
             self._lanes = self._make_lanes()
-            self.candidates = Candidates(self._cudnn, self._card.processors_count)
+            is_measured = self._card.capability == MEASURED_CAPABILITY
+            self.candidates = Candidates(
+                self._cudnn, self._card.processors_count, cost_model() if is_measured else None
+            )
             self.plans = self._make_plan_cache(plan_store)
             kernels.compile_common_kernels(ordinal)
         self._memory_estimate = MemoryEstimate(

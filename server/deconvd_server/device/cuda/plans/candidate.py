@@ -19,8 +19,10 @@ class Candidate:
         plan: Takes the request as it is, whatever its element types and sizes.
         choice: How to make the plan again.
         close: Frees the plan. Nobody may be executing it.
+        always_runs: Whether it is the fallback, which is not tried out: there is nothing to take instead.
     """
 
     plan: Plan
     choice: Choice
     close: Callable[[], None] = lambda: None
+    always_runs: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from deconvd.model.options import UseCudnn
@@ -22,6 +23,13 @@ from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.casting import CastPlan, with_uniform_type
 from deconvd_server.device.cuda.plans.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
+from deconvd_server.device.cuda.plans.cost_model import (
+    CostModel,
+    Family,
+    is_measured,
+    order_families,
+    worth_trying,
+)
 from deconvd_server.device.cuda.plans.crop import CropPlan, with_natural_outsize
 from deconvd_server.device.cuda.plans.key import PlanKey
 
@@ -29,6 +37,9 @@ __all__ = ["Candidates"]
 
 _SHORTLIST_COUNT = 2
 """Candidates of each provider that are tried if nothing is tuned."""
+
+_TIMED_ENGINES_COUNT = 3
+"""cuDNN's engines that are timed where the cost model cannot tell them from our plans."""
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
@@ -38,29 +49,64 @@ class Candidates:
 
     Args:
         processors_count: Multiprocessors of the card that the plans are for.
+        cost_model: Predicts how long plans take on such a card; None if nobody knows.
     """
 
-    def __init__(self, cudnn: Cudnn, processors_count: int) -> None:
+    def __init__(
+        self, cudnn: Cudnn, processors_count: int, cost_model: CostModel | None = None
+    ) -> None:
         self._cudnn = cudnn
         self._processors_count = processors_count
+        self._cost_model = cost_model
+
+    def contenders(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+        """Yield the candidates that the cost model picks, the most promising first. None where it has no opinion.
+
+        For deterministic results these are of all families, and cuDNN is asked when its turn comes. Else they are the
+        few that may be the fastest: often one, and often none of cuDNN's, which is then not asked.
+        """
+        problem, options = with_uniform_type(key.problem), key.options
+        knows = is_measured(options) and problem.has_products
+        knows = knows and options.use_cudnn is not UseCudnn.ALWAYS
+        if self._cost_model is None or not knows:
+            return
+        ours: dict[Family, Candidate] = {}
+        for candidate in (*self.own_kernels(key), self.fallback(key)):
+            if candidate.plan.workspace_bytes <= key.workspace_limit_bytes:
+                ours.setdefault(Family(candidate.plan.name), candidate)
+        families = {*ours, Family.FALLBACK}
+        if options.use_cudnn is not UseCudnn.NEVER:
+            families.add(Family.CUDNN)
+        predicted_ms = self._cost_model.predict_ms(key.product, problem, options, families)
+        if Family.FALLBACK not in ours:
+            del predicted_ms[Family.FALLBACK]
+        is_steady = options.cudnn_deterministic
+        count = _SHORTLIST_COUNT if is_steady else _TIMED_ENGINES_COUNT
+        for family in order_families(predicted_ms) if is_steady else worth_trying(predicted_ms):
+            if family is Family.CUDNN:
+                yield from self._shortlist_cudnn(key, stream, count)
+            else:
+                yield ours[family]
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
-        """Yield the few candidates that are tried if nothing is tuned: the most promising first.
+        """Yield the few candidates that are tried if nothing is tuned, nor known: the most promising first.
 
         The last one always works.
         """
         if key.options.use_cudnn is not UseCudnn.NEVER:
-            yield from self._shortlist_cudnn(key, stream)
+            yield from self._shortlist_cudnn(key, stream, _SHORTLIST_COUNT)
         if key.options.use_cudnn is not UseCudnn.ALWAYS:
             yield from islice(self.own_kernels(key), _SHORTLIST_COUNT)
         yield self.fallback(key)
 
-    def _shortlist_cudnn(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
+    def _shortlist_cudnn(self, key: PlanKey, stream: int, count: int) -> Iterator[Candidate]:
         for mode in (HeuristicMode.A, HeuristicMode.FALLBACK):
             ready = self.cudnn_engines(key, stream, Provider.CUDNN_NCHW, (mode,), compiling=False)
-            few = list(islice(ready, _SHORTLIST_COUNT))
-            yield from few
-            if few:
+            has_any = False
+            for candidate in islice(ready, count):
+                has_any = True
+                yield candidate  # before the next is built, which may not be wanted
+            if has_any:
                 return
 
     def list_all(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
@@ -101,7 +147,7 @@ class Candidates:
         """Return the plan that takes any problem."""
         problem = with_uniform_type(key.problem)
         plan = kernels.fallback(key.product, problem, key.options, self._processors_count)
-        return self._own_candidate(key, plan)
+        return replace(self._own_candidate(key, plan), always_runs=True)
 
     def cudnn_engines(
         self,

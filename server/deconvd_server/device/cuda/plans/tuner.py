@@ -36,13 +36,16 @@ class Tuner:
     """Chooses one of a request's candidates.
 
         autotune                the fastest of all
-        deterministic results   the first of a few that runs: a restarted server gives the same bits
-        cuDNN always            the first of a few that runs
-        otherwise               the fastest of a few, which takes some milliseconds once
+        deterministic results   the first that runs, in the cost model's order: a restarted server gives the same bits
+        cuDNN always            the first of cuDNN's that runs
+        otherwise               what the cost model picks: one, or the fastest of a few that it cannot tell apart
+
+    Where the cost model has no opinion, or none of its picks can run, a few candidates of each provider are tried: the
+    first one that runs is taken, or the fastest.
 
     Args:
         open_timer: Returns a timer for a key, with a workspace of that many bytes, on a stream.
-        tuning_limit_s: How long the candidates of one key are made and timed.
+        tuning_limit_s: How long the candidates of one key are made and timed for `autotune`.
     """
 
     def __init__(
@@ -65,26 +68,50 @@ class Tuner:
         Raises:
             ExhaustedError: The card has no memory to try any out.
         """
+        candidates = self._candidates
         if key.options.autotune:
-            return self._choose_fastest(key, stream, self._candidates.list_all(key, stream.pointer))
-        candidates = self._candidates.shortlist(key, stream.pointer)
+            found = self._choose_fastest(key, stream, candidates.list_all(key, stream.pointer))
+        else:
+            found = self._choose_of_few(
+                key, stream, candidates.contenders(key, stream.pointer)
+            ) or self._choose_of_few(key, stream, candidates.shortlist(key, stream.pointer))
+        return found or candidates.fallback(key)
+
+    def _choose_of_few(
+        self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]
+    ) -> Candidate | None:
+        """Return one of a few candidates; None if none of them runs."""
+        allowed = self._filter_candidates(key, candidates)
         if key.options.cudnn_deterministic or key.options.use_cudnn is UseCudnn.ALWAYS:
-            return self._choose_first(key, stream, candidates)
-        return self._choose_fastest(key, stream, candidates)
+            return self._choose_first(key, stream, allowed)
+        made = list(allowed)
+        if len(made) <= 1:
+            return self._choose_first(key, stream, iter(made))
+        return self._choose_by_comparison(key, stream, made)
 
     def _choose_first(
         self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]
-    ) -> Candidate:
-        for candidate in self._filter_candidates(key, candidates):
+    ) -> Candidate | None:
+        for candidate in candidates:
+            if candidate.always_runs:
+                return candidate
             with self._open_timer(key, candidate.plan.workspace_bytes, stream) as timer:
                 if timer.can_run(candidate.plan):
                     return candidate
             candidate.close()
-        return self._candidates.fallback(key)
+        return None
+
+    def _choose_by_comparison(
+        self, key: PlanKey, stream: Stream, made: Sequence[Candidate]
+    ) -> Candidate | None:
+        room_bytes = max(candidate.plan.workspace_bytes for candidate in made)
+        with self._open_timer(key, room_bytes, stream) as timer:
+            times_ms = timer.compare_ms([candidate.plan for candidate in made])
+        return _take_best(list(zip(times_ms, made, strict=True)), made)
 
     def _choose_fastest(
         self, key: PlanKey, stream: Stream, candidates: Iterator[Candidate]
-    ) -> Candidate:
+    ) -> Candidate | None:
         start_s = time.monotonic()
         end_s = start_s + self._tuning_limit_s
         # half of the time is left for timing
@@ -100,14 +127,7 @@ class Tuner:
                 log.debug("%s took %.4f ms", candidate.choice.name, took_ms)
                 timed.append((took_ms, candidate))
                 best_ms = min(best_ms, took_ms)
-        best = _best(timed)
-        for candidate in made:
-            if best is None or candidate is not best[1]:
-                candidate.close()
-        if best is None:
-            return self._candidates.fallback(key)
-        took_ms, candidate = best
-        return replace(candidate, choice=replace(candidate.choice, tuned_ms=took_ms))
+        return _take_best(timed, made)
 
     def _make_candidates(
         self, key: PlanKey, candidates: Iterator[Candidate], end_s: float
@@ -134,6 +154,20 @@ class Tuner:
                 yield candidate
             else:
                 candidate.close()
+
+
+def _take_best(
+    timed: Sequence[tuple[float, Candidate]], made: Sequence[Candidate]
+) -> Candidate | None:
+    """Return the best of the candidates that were timed, and close all others; None if none ran."""
+    best = _best(timed)
+    for candidate in made:
+        if best is None or candidate is not best[1]:
+            candidate.close()
+    if best is None:
+        return None
+    took_ms, candidate = best
+    return replace(candidate, choice=replace(candidate.choice, tuned_ms=took_ms))
 
 
 def _best(timed: Sequence[tuple[float, Candidate]]) -> tuple[float, Candidate] | None:
