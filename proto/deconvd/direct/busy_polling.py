@@ -40,8 +40,8 @@ class BusyPolling:
         |------- sleep in poll() --------|<---- lead_s ------>|
                                          |---- busy polling for at most max_poll_s ----|--- sleep
 
-    One wait that is longer than those before it changes nothing: of calls, it may be the first of a new shape, or a pause
-    of the caller, and the next call is like the others. Only the second such wait in a row counts.
+    One wait that is longer than those before it changes nothing: it may be the first call of a new shape, or a pause of
+    the caller, and the next call is like the others. Only the second such wait in a row counts.
 
     Args:
         max_poll_s: How long a thread polls before it sleeps, in seconds.
