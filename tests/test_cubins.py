@@ -79,7 +79,7 @@ def test_a_card_takes_cubins_of_its_generation(capability: int, file: int) -> No
     assert archive.read_cubins(capability) == archive.read_cubins(file)
 
 
-@pytest.mark.parametrize("capability", [75, 110, 130])
+@pytest.mark.parametrize("capability", [75, 87, 110, 130])
 def test_a_card_of_another_generation_has_none(capability: int) -> None:
     assert not archive.has_cubins(capability)
     assert archive.read_cubins(capability) == {}

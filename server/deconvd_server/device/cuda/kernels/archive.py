@@ -2,8 +2,8 @@
 
 compiled/sm_90.xz, once decompressed: a line of JSON, and the cubins that it lists, one after the other
 
-`make kernels` writes the files (build_archive.py). A cubin runs on cards of its capability, and on newer ones of the
-same generation. Whether it is of the present text of a kernel its digest says, so a stale one is never taken.
+`make kernels` writes the files (build_archive.py). A cubin runs on cards of its capability, and on most newer ones of
+the same generation. Whether it is of the present text of a kernel its digest says, so a stale one is never taken.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from pathlib import Path
 
 __all__ = ["CAPABILITIES", "FOLDER", "digest_of", "has_cubins", "pack", "read_cubins"]
 
-CAPABILITIES = (80, 90, 100, 120)
-"""Compute capabilities times ten: A100 (and 86, 89: RTX 30 and 40, L4), H100, B200 (and 103), RTX 50 (and 121)."""
+_FILES = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
+"""The files for cards, by compute capability times ten: A100, RTX 30, RTX 40 and L4; H100; B200, B300; RTX 50, GB10.
+
+Not for Jetson (87, 110), whose cards are no kin of others."""
+
+CAPABILITIES = tuple(dict.fromkeys(_FILES.values()))
+"""The capabilities that there are files for."""
 
 FOLDER = Path(__file__).parent / "compiled"
 
@@ -46,8 +51,7 @@ def read_cubins(capability: int) -> Mapping[str, bytes]:
 
 
 def _path(capability: int) -> Path:
-    fitting = [one for one in CAPABILITIES if one <= capability and one // 10 == capability // 10]
-    return FOLDER / f"sm_{max(fitting, default=capability)}.xz"
+    return FOLDER / f"sm_{_FILES.get(capability, capability)}.xz"
 
 
 def pack(cubins: Mapping[str, bytes], nvrtc: str) -> bytes:
