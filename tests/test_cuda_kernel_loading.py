@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -49,7 +50,9 @@ card.close()
 def make_calls(home: Path, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
     """Make calls of a layer in a new process."""
     numbers: Sequence[str] = [*map(str, (*kernel, *stride))]
-    environment = {"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    paths = [str(Path(__file__).parent.parent), *sys.path]
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": ":".join(paths)}
+    environment.pop("XDG_CACHE_HOME", None)
     subprocess.run(
         [sys.executable, "-c", CALLS, *numbers], env=environment, check=True, timeout=120
     )
