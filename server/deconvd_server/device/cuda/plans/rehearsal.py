@@ -113,7 +113,11 @@ class Rehearsal:
         begin_s = time.perf_counter()
         try:
             part()
-        except (CompileError, CudaError, CudnnError, ExhaustedError, RuntimeError) as error:
+        except ExhaustedError as error:
+            log.info(
+                "the first calls may be slow, since there was no memory to rehearse: %s", error
+            )
+        except (CompileError, CudaError, CudnnError, RuntimeError) as error:
             log.warning("the first calls may be slow, since a rehearsal of them failed: %s", error)
         log.debug("rehearsed for %.3f s", time.perf_counter() - begin_s)
 
