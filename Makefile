@@ -32,7 +32,7 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint check-schema check coverage check-all soak test-oldest test-torch test-jax test-chainer \
-    test-3.11 test-3.12 test-3.13 test-3.14 package mutate check-api format test-gpu generate accept-schema bench image test-image clean
+    test-3.11 test-3.12 test-3.13 test-3.14 package mutate check-api format test-gpu generate accept-schema kernels bench image test-image clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -137,6 +137,9 @@ generate: $(GENERATOR)/installed ## Generate the Python stubs from the schema
 accept-schema: .venv/installed-dev ## Make today's schema the one that must not be broken
 	$(if $(wildcard $(LANDED)),$(BUF) breaking proto --against $(LANDED))
 	$(BUF) build proto --exclude-source-info --output $(LANDED)
+
+kernels: .venv/installed-dev ## Compile the common CUDA kernels for all generations of cards, which takes minutes
+	$(BIN)/python -m deconvd_server.device.cuda.kernels.build_archive
 
 bench: .venv/installed-dev $(CUDA) ## Measure operators and whole calls; DEVICE=cuda for a GPU
 	$(BIN)/python -m benchmarks.operator --device $(DEVICE)

@@ -37,7 +37,7 @@ _PARTS: Final = {
     "build plan": ("cudnn.search:EngineSearch._serialize_plan",),
     "revive plan": ("cudnn.plan:_deserialize",),
     "list own kernels": ("kernels:candidates", "kernels:fallback"),
-    "compile or load kernel": ("kernels.launch:_CompiledKernels._load",),
+    "compile or load kernel": ("kernels.launch:_LoadedKernels._load",),
     "cuBLAS": ("kernels.blas:_Handles.get", "kernels.blas:Gemm.enqueue"),
     "allocate": ("api.memory_pool:CardMemoryPool.allocate",),
     "make noise": ("plans.plan_timer:_fill",),

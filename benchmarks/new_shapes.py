@@ -163,7 +163,7 @@ def _row(
     options: Sequence[str],
     torch: Sequence[_ShapeTimes],
 ) -> NewShapesRow:
-    with _new_home(), _timed_server(device, *options) as (F, start_s):
+    with new_home(), timed_server(device, *options) as (F, start_s):
         times = [*_times_of_ours(F, dtype, op, shapes)]
     firsts = [one.calls_ms[0] for one in times]
     return NewShapesRow(
@@ -188,7 +188,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 @contextmanager
-def _timed_server(device: str, *options: str) -> Iterator[tuple[Connection, float]]:
+def timed_server(device: str, *options: str) -> Iterator[tuple[Connection, float]]:
     """Run a server for the block. Give a connection to it, and the seconds that its start took."""
     with ExitStack() as stack:
         begin_s = time.perf_counter()
@@ -199,7 +199,7 @@ def _timed_server(device: str, *options: str) -> Iterator[tuple[Connection, floa
 
 
 @contextmanager
-def _new_home() -> Iterator[None]:
+def new_home() -> Iterator[None]:
     """Give programs that start in the block empty folders for their caches, such as CuPy's and CUDA's."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="deconvd-home-") as home:
@@ -222,7 +222,7 @@ def _fill_store(
     ops: Sequence[str],
 ) -> None:
     """Have a server choose all plans, and store them."""
-    with _new_home(), _timed_server(device, "--plan-store", str(store)) as (F, _):
+    with new_home(), timed_server(device, "--plan-store", str(store)) as (F, _):
         for dtype in dtypes:
             for op in ops:
                 for size in shapes:

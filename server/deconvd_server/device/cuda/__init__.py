@@ -5,7 +5,6 @@ Needs the `cuda13` extra. CUDA is loaded when a device is opened, not when this 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +27,14 @@ def open_device(
 ) -> CudaDevice:
     """Return a card as a device. Arguments and errors are those of `CudaDevice`.
 
-    Our own kernels, once compiled, are stored in the folder of plans too, unless CUPY_CACHE_DIR names another one.
+    Our own kernels, once compiled, are kept in the folder of plans too; without one, in the user's folder of caches.
     """
-    if plan_store is not None:
-        os.environ.setdefault("CUPY_CACHE_DIR", str(plan_store / "kernels"))
+    from deconvd_server.device.cuda import kernels
     from deconvd_server.device.cuda.device import CudaDevice
 
+    kernels.keep_compiled(
+        kernels.default_folder() if plan_store is None else plan_store / "kernels"
+    )
     return CudaDevice(
         ordinal,
         memory_limit_bytes=memory_limit_bytes,

@@ -17,7 +17,6 @@ from deconvd.model.options import Options
 from deconvd.model.problem import Problem
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.arriving import Operand, peek_tensor, require_all
-from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.api.host_memory import RegisteredMemory
 from deconvd_server.device.cuda.api.memory import DeviceMemory
 from deconvd_server.device.cuda.api.memory_pool import CardMemoryPool
@@ -52,6 +51,7 @@ from deconvd_server.device.cuda.plans.cost_model import MEASURED_CAPABILITY, cos
 from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
+from deconvd_server.device.cuda.plans.rehearsal import Rehearsal
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
 from deconvd_server.device.cuda.stats import CudaStats
@@ -68,6 +68,10 @@ _FREE_SHARE = 0.9
 
 _MAX_HELPERS_COUNT = 8
 """The most threads that copy within the host: about as many as it takes to keep up with the card's bus."""
+
+_REHEARSAL_S = 1.0
+"""How long a start waits for the rehearsal. It takes some 0.3 s, and longer if libraries are read from a slow disk: the
+rest is then done while the server serves."""
 
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """The registered memory of this process. All its cards share it, as registered memory is reached by all."""
@@ -147,8 +151,9 @@ class CudaDevice(CardTensors):
             self.candidates = Candidates(
                 self._cudnn, self._card.processors_count, cost_model() if is_measured else None
             )
-            self.plans = self._make_plan_cache(plan_store)
-            kernels.compile_common_kernels(ordinal)
+            build_threads = BuildThreads(ordinal, self._cudnn, self._limits.lanes_count)
+            self.plans = self._make_plan_cache(plan_store, build_threads)
+            self._rehearsal = self._rehearse(build_threads)
         self._memory_estimate = MemoryEstimate(
             self._budget_bytes,
             self._limits.lanes_count,
@@ -157,6 +162,7 @@ class CudaDevice(CardTensors):
         )
         self._host_arrays = _HOST_ARRAYS
         self._host_arrays.open()
+        self._rehearsal.wait(_REHEARSAL_S)
 
     def _budget(self, limit_bytes: int) -> int:
         """Return the bytes that the lanes' arenas leave for calls and residents."""
@@ -181,7 +187,19 @@ class CudaDevice(CardTensors):
             ]
         )
 
-    def _make_plan_cache(self, folder: Path | None) -> PlanCache:
+    def _rehearse(self, build_threads: BuildThreads) -> Rehearsal:
+        rehearsal = Rehearsal(
+            self._cudnn,
+            self.candidates,
+            build_threads,
+            partial(open_plan_timer, self.memory),
+            self._lanes.streams,
+            lambda: self._lanes.are_idle,
+        )
+        rehearsal.start(self._card.ordinal)
+        return rehearsal
+
+    def _make_plan_cache(self, folder: Path | None, build_threads: BuildThreads) -> PlanCache:
         origin: dict[str, str | int] = {
             "deconvd": deconvd.__version__,
             "cudnn": self._cudnn.version,
@@ -196,7 +214,7 @@ class CudaDevice(CardTensors):
                 partial(open_plan_timer, self.memory),
                 tuning_limit_s=self._limits.tuning_s,
             ),
-            BuildThreads(self._card.ordinal, self._cudnn, self._limits.lanes_count),
+            build_threads,
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),
         )
@@ -376,6 +394,7 @@ class CudaDevice(CardTensors):
             for stream in self._lanes.close():
                 self._cudnn.destroy_handle(stream)
             self._helpers.shutdown()
+            self._rehearsal.close()
             self.plans.close()
             self._arenas.clear()  # collected, and so given back to the pool, before it is trimmed
             self._pool.trim()

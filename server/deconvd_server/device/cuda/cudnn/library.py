@@ -76,16 +76,15 @@ class Cudnn:
         )
 
     def handle(self, stream: int) -> CudnnHandle:
-        """Return the handle that is bound to a stream. It is made when it is first needed.
-
-        A stream belongs to one thread at a time, so two threads never make its handle at once.
-        """
+        """Return the handle that is bound to a stream. It is made when it is first needed."""
         handle = self._handles.get(stream)
         if (
             handle is None
         ):  # looked up without the lock: threads that have a handle do not wait while one is made
             with self._lock:
-                handle = self._handles[stream] = self._create_handle(stream)
+                handle = self._handles.get(stream)
+                if handle is None:
+                    handle = self._handles[stream] = self._create_handle(stream)
         return handle
 
     def destroy_handle(self, stream: int) -> None:

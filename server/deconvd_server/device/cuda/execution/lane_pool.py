@@ -19,12 +19,16 @@ _POLL_INTERVAL_S: Final = 0.02
 class LanePool:
     """Lends each call a lane. Thread-safe.
 
+    Attributes:
+        streams: The lanes' streams.
+
     Args:
         lanes: The pool has them to itself.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._count = len(lanes)
+        self.streams = [lane.stream.pointer for lane in lanes]
         # The lane that was released last is lent first: it is the likeliest to have a graph of the kind of call.
         self._idle = [*lanes]
         self._lock = threading.Lock()

@@ -5,34 +5,40 @@
     tensor_cores    plans for half precision, of operands that are packed first (`packing`)
     elementwise     bias, casts, transposes, gb
 
-Plans are made without a device or CuPy. Kernels are compiled for a device when they are first launched there.
+Plans are made without a device or CuPy. Kernels are loaded for a device when they are first launched there. The machine
+code of those of usual layers travels with deconvd (`archive`); of the others it is compiled at need (`cubins`).
 """
 
 from __future__ import annotations
 
-from deconvd.model.dtypes import ELEMENT_TYPES
+from collections.abc import Callable
+
 from deconvd.model.options import Options, UseCudnnTensorCore
 from deconvd.model.problem import Problem
+from deconvd_server.device.cuda.kernels.archive import has_cubins
+from deconvd_server.device.cuda.kernels.cubin_cache import default_folder
 from deconvd_server.device.cuda.kernels.depthwise import depthwise_plans
 from deconvd_server.device.cuda.kernels.elementwise import (
     add_bias,
     cast,
-    elementwise_kernels,
     sum_gb,
     transpose_to_nchw,
     transpose_to_nhwc,
 )
-from deconvd_server.device.cuda.kernels.fallback import fallback, fallback_kernels
-from deconvd_server.device.cuda.kernels.launch import compile_kernels
+from deconvd_server.device.cuda.kernels.fallback import fallback
+from deconvd_server.device.cuda.kernels.launch import compile_kernels, keep_compiled
 from deconvd_server.device.cuda.kernels.tensor_cores import tensor_core_plans
 from deconvd_server.device.cuda.plan import Plan, Product
 
 __all__ = [
     "add_bias",
+    "are_shipped",
     "candidates",
     "cast",
-    "compile_common_kernels",
+    "default_folder",
     "fallback",
+    "keep_compiled",
+    "load_common_kernels",
     "sum_gb",
     "transpose_to_nchw",
     "transpose_to_nhwc",
@@ -56,10 +62,31 @@ def candidates(
     return plans
 
 
-def compile_common_kernels(device: int) -> None:
-    """Compile the kernels that almost every request needs. The others are compiled when they are first launched."""
+def are_shipped(device: int) -> bool:
+    """Return whether the kernels of usual layers came with deconvd for a card."""
     import cupy
 
+    return has_cubins(int(cupy.cuda.Device(device).compute_capability))
+
+
+def load_common_kernels(device: int, is_wanted: Callable[[], bool]) -> None:
+    """Load the kernels of usual layers for a card, the likeliest first. Compile those that did not come with deconvd.
+
+    The others are loaded when they are first launched.
+
+    Args:
+        is_wanted: Asked before each kernel; False ends it.
+
+    Raises:
+        CompileError: One cannot be compiled.
+    """
+    import cupy
+
+    # imported here: a list of what is compiled ahead, which takes some 0.1 s to make
+    from deconvd_server.device.cuda.kernels.catalog import common_kernels
+
     with cupy.cuda.Device(device):
-        for dtype in ELEMENT_TYPES:
-            compile_kernels(elementwise_kernels(dtype) + fallback_kernels(dtype))
+        for kernel in common_kernels():
+            if not is_wanted():
+                return
+            compile_kernels([kernel])

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from deconvd.model.dtypes import DType
+from deconvd.model.dtypes import ELEMENT_TYPES, DType
 from deconvd.model.problem import TensorSpec
 from deconvd_server.device.cuda.kernels.launch import (
     THREADS,
@@ -22,6 +22,8 @@ from deconvd_server.device.cuda.kernels.launch import (
 __all__ = [
     "add_bias",
     "cast",
+    "cast_kernels",
+    "crop_kernel",
     "elementwise_kernels",
     "sum_gb",
     "transpose_to_nchw",
@@ -128,6 +130,21 @@ def elementwise_kernels(dtype: DType) -> list[Kernel]:
         _sum_kernel(dtype, few=False),
         _transpose_kernel(dtype),
     ]
+
+
+def cast_kernels() -> list[Kernel]:
+    """Return the kernels that cast, for all pairs of element types."""
+    return [
+        _cast_kernel(source, target)
+        for source in ELEMENT_TYPES
+        for target in ELEMENT_TYPES
+        if source != target
+    ]
+
+
+def crop_kernel(dtype: DType) -> Kernel:
+    """Return the kernel that copies images to smaller or larger ones."""
+    return Kernel("crop.cu", "crop", (element(dtype),))
 
 
 def _transpose(

@@ -1,7 +1,9 @@
-"""Compiles the .cu files of this folder at run time, once for each device and set of macros, and launches kernels.
+"""Loads the .cu files of this folder, once for each device and set of macros, and launches kernels.
+
+Their machine code came with deconvd, or is compiled at run time: see cubins.py.
 
 Structures and constants that a .cu file shares with Python are written in Python alone. Structures become declarations
-before the file's text, see structs.py; constants become macros. CuPy is imported when a kernel is first compiled or
+before the file's text, see structs.py; constants become macros. CuPy is imported when a kernel is first loaded or
 launched: plans are made without it.
 """
 
@@ -16,6 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deconvd.model.dtypes import BFLOAT16, DType
+from deconvd_server.device.cuda.kernels.archive import digest_of
+from deconvd_server.device.cuda.kernels.cubin_cache import CubinCache
+from deconvd_server.device.cuda.kernels.cubins import Cubins
 from deconvd_server.device.cuda.kernels.structs import STRUCTS, declaration
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "element",
     "index",
     "integer",
+    "keep_compiled",
     "pointer",
 ]
 
@@ -86,7 +92,7 @@ def cuda() -> Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel. It is compiled for a device when it is first launched there. Thread-safe.
+    """A kernel. It is loaded for a device when it is first launched there. Thread-safe.
 
     Attributes:
         file: The .cu file that has the kernel.
@@ -106,12 +112,17 @@ class Kernel:
     def options(self) -> tuple[str, ...]:
         """The compiler's options for the file."""
         macros = (*self.macros, *constants(THREADS=self.threads))
-        return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros))
+        return ("-std=c++17", "-ftz=true", *(f"-D{name}={value}" for name, value in macros))
 
     @property
     def source(self) -> str:
         """The text to compile: declarations of structures, headers, and the file."""
         return _source(self.file)
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that its machine code depends on, other than the card and the compiler."""
+        return digest_of(self.source, self.options)
 
     def launch(self, grid: Grid, arguments: Iterable[Argument], stream: int) -> None:
         """Enqueue the kernel on a stream of the current device.
@@ -132,51 +143,70 @@ class Kernel:
         )
 
 
+def keep_compiled(folder: Path) -> None:
+    """Keep what is compiled from now on in a folder, for later processes too."""
+    _cubins.cache = CubinCache(folder)
+
+
 def compile_kernels(kernels: Iterable[Kernel]) -> None:
-    """Compile kernels for the current device now, not at their first launch."""
+    """Load kernels for the current device now, not at their first launch. Raises CompileError."""
     for kernel in kernels:
         _functions.get(kernel)
 
 
-class _CompiledKernels:
-    """The compiled kernels of all devices. Each is compiled once. Thread-safe."""
+class _LoadedKernels:
+    """The kernels of all devices. Each module is loaded once. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, cubins: Cubins) -> None:
+        self._cubins = cubins
         self._lock = threading.Lock()
-        self._modules: dict[tuple[int, str, tuple[str, ...]], Any] = {}
+        self._modules: dict[tuple[int, str, tuple[str, ...]], _Module] = {}
         self._pointers: dict[tuple[int, Kernel], int] = {}
 
     def get(self, kernel: Kernel) -> int:
         """Return the driver's pointer to a kernel of the current device."""
         key = (cuda().runtime.getDevice(), kernel)
         pointer = self._pointers.get(key)
-        if (
-            pointer is None
-        ):  # looked up without the lock: launches do not wait while another kernel is compiled
-            with self._lock:
-                pointer = self._pointers[key] = self._load(key[0], kernel)
+        if pointer is None:  # looked up without a lock: launches do not wait for kernels of others
+            pointer = self._pointers[key] = self._load(key[0], kernel)
         return pointer
 
     def _load(self, device: int, kernel: Kernel) -> int:
-        import cupy
-
-        key = (device, kernel.file, kernel.options)
-        if key not in self._modules:
-            # The key of CuPy's cache on disk is made of text and options, so headers and declarations must be in the
-            # text.
-            self._modules[key] = cupy.RawModule(code=kernel.source, options=kernel.options)
-        function = self._modules[key].get_function(kernel.name).kernel
+        with self._lock:
+            module = self._modules.setdefault((device, kernel.file, kernel.options), _Module())
+        function = module.function(kernel, self._cubins)
         if kernel.shared_bytes:
             driver = cuda().driver
             driver.funcSetAttribute(
-                function.ptr,
+                function,
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 kernel.shared_bytes,
             )
-        return int(function.ptr)
+        return function
 
 
-_functions = _CompiledKernels()
+class _Module:
+    """A file of kernels on a device. A thread that needs it while it is compiled waits for this one alone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._module: Any = None
+
+    def function(self, kernel: Kernel, cubins: Cubins) -> int:
+        """Return the driver's pointer to a kernel of the file, on the current device."""
+        import cupy
+
+        with self._lock:
+            if self._module is None:
+                capability = int(cupy.cuda.Device().compute_capability)
+                module = cupy.cuda.function.Module()
+                module.load(cubins.find(kernel.source, kernel.options, capability))
+                self._module = module
+        return int(self._module.get_function(kernel.name).ptr)
+
+
+_cubins = Cubins()
+_functions = _LoadedKernels(_cubins)
 
 
 @cache

@@ -13,11 +13,10 @@ from dataclasses import replace
 
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda.api.memory import BlockLayout, BlockRegion
+from deconvd_server.device.cuda.kernels.elementwise import crop_kernel
 from deconvd_server.device.cuda.kernels.launch import (
     THREADS,
     Argument,
-    Kernel,
-    element,
     index,
     integer,
     pointer,
@@ -87,6 +86,6 @@ class CropPlan:
         extents = (*source_shape[2:], *target_shape[2:])
         arguments: list[Argument] = [pointer(source), pointer(target), index(count)]
         arguments += [integer(extent) for extent in extents]
-        kernel = Kernel("crop.cu", "crop", (element(self._small.dtype),))
+        kernel = crop_kernel(self._small.dtype)
         blocks = min(-(-count // THREADS), _MAX_BLOCKS)
         kernel.launch((blocks, 1, 1), arguments, stream)
