@@ -281,8 +281,14 @@ def test_with_tls_a_token_gets_a_client_to_all_workers(tmp_path: Path) -> None:
         target = f"localhost:{process.target.rpartition(':')[2]}"
         with deconvd_client.connect(target, tls=tls, token="a-token", transport="tcp") as F:
             worker_set(F)
-            wait_until(lambda: "2 of 2 workers" in repr(F))
-            F.deconvolution_2d(LARGE, W)
+
+            def uses_both() -> (
+                bool
+            ):  # the second may serve later, which is noticed while calls are made
+                F.deconvolution_2d(LARGE, W)
+                return "2 of 2 workers" in repr(F)
+
+            wait_until(uses_both, timeout_s=120)
             assert F.server_info().worker_name in ("0", "1")
 
 

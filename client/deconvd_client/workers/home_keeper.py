@@ -23,6 +23,9 @@ _FIRST_INTERVAL_S: Final = 0.3
 _MAX_INTERVAL_S: Final = 8.0
 """How long after a change the companions are counted again, and how often at least while calls are made."""
 
+_START_INTERVAL_S: Final = 1.5
+"""The same while a worker does not serve: it may be starting."""
+
 _ASKED_COUNT: Final = 4
 """How many workers are asked for exact numbers before the first home is chosen: those that the list has as the best."""
 
@@ -121,7 +124,9 @@ class HomeKeeper:
         self._look_again()
         self._vain_count = 0 if self.order else self._vain_count + 1
         pause_s = self._pause_s()
-        self._interval_s = min(2 * self._interval_s, _MAX_INTERVAL_S)
+        starts_one = any(not each.is_serving for each in self._membership.listed.values())
+        longest_s = _START_INTERVAL_S if starts_one else _MAX_INTERVAL_S
+        self._interval_s = min(2 * self._interval_s, longest_s)
         self._next_s = time.monotonic() + pause_s
         return pause_s
 

@@ -181,8 +181,11 @@ class Host:
         workers = self._workers
         if workers is not None:
             workers.note_answer()
-        elif not self._is_settled or self._is_shared(info):
+        elif self._is_shared(info):
             self._discovery.run(self._find_workers, 0.0)
+        elif not self._is_settled:
+            self._take_way()
+            self._is_settled = True
 
     def _find_workers(self) -> None:
         """Find out whether there are workers, and have one as the home if there are."""
@@ -190,15 +193,12 @@ class Host:
             with suppress(DeconvdError):  # the calls themselves will tell
                 self.entry.route.target_stub.get_server_info(Deadline(_DISCOVERY_TIMEOUT_S))
         info = self._info
-        if info is None:
-            return
-        if self._is_shared(info):
-            workers = self._open_workers()
-            if workers is None:
-                return
-            workers.begin(info)
-            if workers.has_home:
-                self.entry.release_idle()
+        workers = None if info is None or not self._is_shared(info) else self._open_workers()
+        if info is None or workers is None:
+            return  # not known yet, or `_note_info` has settled it
+        workers.begin(info)
+        if workers.has_home:
+            self.entry.release_idle()
         self._take_way()
         self._is_settled = True
 
