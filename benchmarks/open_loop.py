@@ -138,7 +138,11 @@ def _make_request(extent: int) -> pb.DeconvolveRequest:
     tensor.raw = bytes(elements_of(both))
     pad = extent // 2
     return pb.DeconvolveRequest(
-        x=tensor, w=tensor, geometry=message_from_geometry(Geometry(pad=(pad, pad)))
+        x=tensor,
+        w=tensor,
+        geometry=message_from_geometry(Geometry(pad=(pad, pad))),
+        # cuDNN looks for minutes at filters of hundreds of pixels
+        options=pb.Options(use_cudnn=pb.USE_CUDNN_NEVER),
     )
 
 

@@ -35,6 +35,7 @@ import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
 from benchmarks.layers import Layer
+from benchmarks.ports import free_port
 from benchmarks.wire import count_traffic
 from deconvd.model.dtypes import Array
 from deconvd.model.gradients import Gradients
@@ -237,9 +238,10 @@ def _rows(device: str, n: int) -> Iterator[ResidentRow]:
         "generator": tuple(replace(layer, n=n) for layer in _GENERATOR),
     }
     listen = "127.0.0.1:0"
+    ports = [("--direct-port", str(free_port())) for _ in range(2)]
     with (
-        local_server(device, "--resident-memory-bytes", "0", address=listen) as plain,
-        local_server(device, address=listen) as resident,
+        local_server(device, "--resident-memory-bytes", "0", *ports[0], address=listen) as plain,
+        local_server(device, *ports[1], address=listen) as resident,
     ):
         for name, layers in models.items():
             for kind, (plain_step, resident_step, changes) in _STEPS.items():

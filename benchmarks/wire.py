@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import deconvd_client
 
@@ -15,7 +15,7 @@ _PIECE_BYTES = 1 << 20
 
 
 _HOST = "127.0.0.2"
-"""Another address of this host's, where the server's own port for direct calls is still free."""
+"""Another address of this host's, where the server's own port for direct calls is free if `free_port` has chosen it."""
 
 
 class CountingProxy:
@@ -31,7 +31,11 @@ class CountingProxy:
         host, _, port = server.rpartition(":")
         with deconvd_client.connect(server, transport="grpc") as F:
             direct_port = F.server_info().direct_port
-        self._listeners = [socket.create_server((_HOST, own)) for own in (0, direct_port)]
+        with ExitStack() as stack:  # if another program has the second port
+            self._listeners = [
+                stack.enter_context(socket.create_server((_HOST, own))) for own in (0, direct_port)
+            ]
+            stack.pop_all()
         self.target = f"{_HOST}:{self._listeners[0].getsockname()[1]}"
         self.sent_bytes = 0
         self.received_bytes = 0

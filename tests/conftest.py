@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import deconvd_client
 from deconvd_client.shared_memory import Borrower
+from deconvd_server.device.cuda.execution import graph_cache
 from deconvd_server.shared_memory import Lender
 from tests.environments import ROOT, fresh_environment
 from tests.lenders import start_lender
-from tests.servers import ServerProcess, server_process
+from tests.servers import GRAPHS_SOON, ServerProcess, server_process
 
 if TYPE_CHECKING:
     from tests.certificates import Authority, CertificateFiles
@@ -30,10 +30,11 @@ if not find_spec("torch"):
     collect_ignore.append("test_cuda_torch.py")
 
 
-if "COVERAGE_PROCESS_CONFIG" in os.environ:
-    # an example takes several times as long where each line of it is counted
-    settings.register_profile("measured", settings(deadline=None))
-    settings.load_profile("measured")
+# how long an example takes says more about what else the machine does than about the code
+settings.register_profile(
+    "patient", settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+)
+settings.load_profile("patient")
 
 
 @pytest.fixture
@@ -134,8 +135,15 @@ def device_server(
 ) -> Iterator[ServerProcess]:
     """A server on each kind of device in turn, for tests of what both must compute."""
     directory = tmp_path_factory.mktemp("server")
-    with server_process(directory, device=request.param) as running:
+    with server_process(directory, device=request.param, constants=GRAPHS_SOON) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def graphs_come_soon(request: pytest.FixtureRequest) -> None:
+    """Capture a card's work the second time that it comes in tests of cards, which make few calls."""
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("monkeypatch").setattr(graph_cache, "_CAPTURE_S", 0.0)
 
 
 @pytest.fixture

@@ -25,6 +25,16 @@ extern "C" __global__ void wait_for(const volatile int* flag) {
 _run: Callable[..., None] = Lane.run
 
 
+class _LaneStream:
+    """A lane's stream, as CuPy takes those of others."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._lane.stream.pointer
+
+
 @cache
 def _flag() -> Any:
     """Return memory of the card that is 0 for good."""
@@ -38,7 +48,7 @@ def _run_or_hang(self: Lane, key: Any, work: Any, operands: Sequence[Operand], *
     if isinstance(x, np.ndarray) and x.shape[0] == HUNG_SAMPLES_COUNT:
         flag = _flag()
         kernel = cupy.RawKernel(_SOURCE, "wait_for")
-        with cupy.cuda.ExternalStream(self.stream.pointer):
+        with cupy.cuda.Stream.from_external(_LaneStream(self)):
             kernel((1,), (1,), (flag,))
     _run(self, key, work, operands, *rest)
 

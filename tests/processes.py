@@ -33,7 +33,7 @@ __all__ = [
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SAMPLE_S = 0.02
 _REST_S = 0.4
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 _CHILD_S = 60
 """More than a forked child takes for its work; one that hangs is killed then."""
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.ports import free_port
 from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
@@ -24,6 +23,7 @@ from deconvd_client.workers.host import Host
 from tests.processes import wait_until
 
 __all__ = [
+    "GRAPHS_SOON",
     "ServerProcess",
     "call_until_served",
     "free_port",
@@ -31,6 +31,9 @@ __all__ = [
     "server_process",
     "stop_server",
 ]
+
+GRAPHS_SOON = {"deconvd_server.device.cuda.execution.graph_cache:_CAPTURE_S": 0.0}
+"""Constants with which a card's work is captured the second time that it comes: tests make few calls."""
 
 _END_TIMEOUT_S = 30
 _COVERAGE_TIMEOUT_S = 4
@@ -68,17 +71,6 @@ class ServerProcess:
         return self.process.wait(_END_TIMEOUT_S)
 
 
-def free_port() -> int:
-    """Return a TCP port that is free, and that no connection is given while nobody listens there."""
-    while True:
-        with (
-            suppress(OSError),
-            socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as listener,
-        ):
-            port: int = listener.getsockname()[1]
-            return port
-
-
 @contextmanager
 def server_process(
     directory: Path,
@@ -94,6 +86,9 @@ def server_process(
 ) -> Iterator[ServerProcess]:
     """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default.
 
+    Its TCP ports, for direct calls as well, are those of `free_port`. So they are free on all addresses of this host
+    (for a proxy, say), and as long as it is away.
+
     Args:
         constants: Values for constants of its modules, by ``module:name``: limits that are too long for a test.
         descriptors_count: How many descriptors it may have; None for as many as this process.
@@ -101,8 +96,13 @@ def server_process(
         limits: Other limits, as of `resource.setrlimit`, by their numbers.
         prelude: Python that its process runs first: to put another device in, say.
         environment: Variables that it has in addition to those of this process.
+        listen: Addresses; "unix" for a socket in `directory`, port 0 for any free port.
     """
-    addresses = [f"unix:{directory}/deconvd.sock" if a == "unix" else a for a in listen]
+    addresses = [_with_place(address, directory) for address in listen]
+    if not any(o.startswith("--direct-port") for o in options) and not all(
+        map(_is_unix, addresses)
+    ):
+        options = (*options, "--direct-port", str(free_port()))
     log = directory / "server.log"
     all_limits = dict(limits or {})
     if descriptors_count is not None:
@@ -138,6 +138,17 @@ def server_process(
         process.kill()
         process.wait()
         process.communicate()
+
+
+def _with_place(address: str, directory: Path) -> str:
+    if address == "unix":
+        return f"unix:{directory}/deconvd.sock"
+    host, _, port = address.rpartition(":")
+    return f"{host}:{free_port()}" if port == "0" else address
+
+
+def _is_unix(address: str) -> bool:
+    return address.startswith("unix:")
 
 
 def _let_it_write_its_coverage(process: subprocess.Popen[str]) -> None:

@@ -509,7 +509,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmissionMachine = AdmissionMachine.TestCase
-TestAdmissionMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestAdmissionMachine.settings = settings(max_examples=30, stateful_step_count=20)
 
 
 class TestPassingOn:

@@ -480,7 +480,7 @@ def test_a_process_exits_with_a_call_that_was_cancelled(
             check=False,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=45,
         )
     finally:
         held.release()

@@ -104,7 +104,7 @@ def test_the_next_server_serves_at_once(servers: ScriptedSet, error: DeconvdErro
     begin_s = time.monotonic()
 
     assert servers.call() == "b:1"
-    assert time.monotonic() - begin_s < 5
+    assert time.monotonic() - begin_s < 20
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,18 @@ WAYS = pytest.mark.parametrize("way", Direction, ids=lambda way: way.name.lower(
 CUTS = pytest.mark.parametrize("fault", [Fault.RESET, Fault.CLOSE], ids=lambda fault: fault.value)
 PARTS = pytest.mark.parametrize("part", [0.0, 1e-4, 0.5, 0.9999], ids=lambda part: f"at-{part}")
 TWICE = 2 * np.eye(2, dtype=np.float32)[:, :, None, None]
-STREAMS_COUNT = 32
-"""As many as the server lets run and wait."""
+STREAMS_COUNT = 8
+"""As many as the server lets run and wait: fewer than usual, so that fewer faults would show what each leaves."""
 
 
 @pytest.fixture(scope="module")
 def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     directory = tmp_path_factory.mktemp("server")
-    with server_process(directory, listen=("127.0.0.1:0",)) as server:
+    constants = {
+        "deconvd_server.backend:STREAMS_COUNT": STREAMS_COUNT // 2,
+        "deconvd_server.backend:_WAITING_STREAMS_COUNT": STREAMS_COUNT // 2,
+    }
+    with server_process(directory, listen=("127.0.0.1:0",), constants=constants) as server:
         yield server
 
 
@@ -233,7 +237,7 @@ def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault:
         ]
         timeout_s = 0.15 if fault is Fault.HANG else 10.0
         with faulty_proxy(tcp_server.target, *cuts) as proxy:
-            while proxy.faults_count <= STREAMS_COUNT:
+            while proxy.faults_count <= max(STREAMS_COUNT, len(cuts)):
                 with connected(proxy.target, timeout_s=timeout_s, fail_fast=True) as hasty:
                     with suppress(UnavailableError, DeadlineError):
                         hasty.deconvolution_2d(LARGE, TWICE)
@@ -258,15 +262,20 @@ def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
         ]
         with directly_connected(tcp_server, *cuts, timeout_s=0.5) as (proxy, hasty):
             with ThreadPoolExecutor(4) as threads:
-                list(threads.map(lambda _: call_until_many_fail(proxy, hasty), range(4)))
+                enough_count = max(STREAMS_COUNT, len(cuts))
+                calling = [
+                    threads.submit(call_until_faults, proxy, hasty, enough_count) for _ in range(4)
+                ]
+                for each in calling:
+                    each.result()
 
         wait_until(lambda: process_resources(pid).descriptors_count <= before.descriptors_count)
         assert_idle(F)
 
 
-def call_until_many_fail(proxy: FaultProxy, F: Connection) -> None:
-    """Call until more lines were bad than there may be streams."""
-    while proxy.faults_count <= STREAMS_COUNT:
+def call_until_faults(proxy: FaultProxy, F: Connection, count: int) -> None:
+    """Call until more than `count` lines were bad."""
+    while proxy.faults_count <= count:
         with suppress(UnavailableError, DeadlineError):
             F.deconvolution_2d(LARGE, TWICE)
 

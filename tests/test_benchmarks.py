@@ -33,7 +33,9 @@ from benchmarks.joining import main as joining
 from benchmarks.layers import LAYERS
 from benchmarks.links import long
 from benchmarks.load import main as load
+from benchmarks.new_shapes import main as new_shapes
 from benchmarks.profiled import LEFT_OUT, start_profiling
+from benchmarks.random_problems import draw_problem
 from benchmarks.remote import main as remote
 from benchmarks.secure import __main__ as secure_rounds
 from benchmarks.secure.__main__ import main as secure
@@ -174,6 +176,34 @@ def test_load_is_measured_alone_and_beside_a_flood(tmp_path: Path) -> None:
     assert rows[3]["refused"] > 0
 
 
+def test_shapes_are_called_for_the_first_time_with_a_store_and_without(tmp_path: Path) -> None:
+    results = tmp_path / "new-shapes.json"
+    arguments = ["--shapes", "2", "--type", "float16", "--json", str(results)]
+
+    ended = CliRunner().invoke(new_shapes, arguments, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    rows = json.loads(results.read_text())["rows"]
+    kinds = [(row["dtype"], row["op"], row["store"]) for row in rows]
+    assert kinds == [("float16", op, store) for op in ("y", "grad") for store in (False, True)]
+    for row in rows:
+        assert row["slowest_ms"] >= row["first_ms"] >= row["first_server_ms"] > 0
+        assert row["second_ms"] > 0
+        assert row["start_s"] > 0
+
+
+def test_random_problems_keep_to_their_bounds() -> None:
+    for number in range(300):
+        drawn = draw_problem(number)
+
+        assert drawn == draw_problem(number)
+        problem = drawn.problem
+        assert all(4 <= extent <= 200 for extent in problem.image)
+        assert all(1 <= count <= 1024 for count in (problem.c_I, problem.c_O))
+        assert all(1 <= taps <= 31 for taps in problem.kernel)
+        assert all(1 <= stride <= 8 for stride in problem.geometry.stride)
+
+
 def test_the_plot_has_a_line_for_every_path_that_was_measured(tmp_path: Path) -> None:
     results = CHECKOUT / "benchmarks/results/transport-2-cores.json"
     drawn = tmp_path / "plot.svg"
@@ -237,7 +267,7 @@ def test_functions_count_in_each_kind_of_thread(
     with start_profiling() as profile:
         profile.begin()
         start(work)
-        ended.get(timeout=10)
+        ended.get(timeout=60)
         (modules,) = profile.end()
 
     assert modules[0] == "deconvd.host.system"

@@ -16,6 +16,8 @@ from tests.pythons import find_python
 
 WORKFLOW = ROOT / ".github/workflows/check.yml"
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 SKIPPED = {
     "test": "import pytest\ndef test_it():\n    pytest.skip('nft is missing')\n",
     "module": "import pytest\npytest.importorskip('nowhere')\ndef test_it(): pass\n",

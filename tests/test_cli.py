@@ -144,7 +144,7 @@ def test_a_result_goes_into_a_pipe_which_stays(
 
     try:
         outcome = deconvd(*command, cwd=files)
-        written, _ = reader.communicate(timeout=10)
+        written, _ = reader.communicate(timeout=60)
     finally:
         reader.kill()
 

@@ -75,10 +75,10 @@ def hung_command(
 def read_errors(process: subprocess.Popen[str]) -> str:
     """Wait until a command has ended; return what it wrote to standard error. One that hangs says where."""
     try:
-        return process.communicate(timeout=30)[1]
+        return process.communicate(timeout=90)[1]
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # makes faulthandler write what each thread does
-        pytest.fail(f"the command hangs: {process.communicate(timeout=30)[1]}")
+        pytest.fail(f"the command hangs: {process.communicate(timeout=90)[1]}")
 
 
 @pytest.mark.parametrize("output", ["y.npy", "y.npz"])

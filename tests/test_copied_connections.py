@@ -212,3 +212,17 @@ def test_every_error_survives_a_pickle() -> None:
     ):
         again = through_pickle(error)
         assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_connection_that_could_not_be_made_can_be_shown() -> None:
+    """As debuggers and pytest do with the names in a traceback."""
+    with pytest.raises(InvalidArgumentError, match="timeout_s") as raised:
+        deconvd_client.connect("gpu-host:50051", timeout_s=-1)
+
+    shown = [
+        repr(value)
+        for frame in raised.traceback
+        for value in frame.locals.values()
+        if isinstance(value, deconvd_client.Connection)
+    ]
+    assert shown == ["<deconvd_client.Connection that was not made>"]

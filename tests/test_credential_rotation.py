@@ -32,7 +32,7 @@ from tests.secured_servers import (
     secured_process,
     server_tls,
 )
-from tests.servers import only_server
+from tests.servers import free_port, only_server
 from tests.token_calls import write_tokens
 
 OLD, NEW = "dcd_" + "old-token" * 4, "dcd_" + "new-token" * 4
@@ -179,7 +179,8 @@ def test_a_channel_whose_certificate_is_old_when_it_breaks_is_replaced(
     tls = Tls(authority.ca, client.cert, client.key)
     with ExitStack() as stack:
         server = stack.enter_context(secured_process(tmp_path, **certified(server_files, both)))
-        with faulty_proxy(server.target, CLEAN) as proxy:
+        port = free_port()
+        with faulty_proxy(server.target, CLEAN, own_port=port) as proxy:
             F = stack.enter_context(
                 deconvd_client.connect(
                     proxy.target, tls=tls, transport="grpc", timeout_s=30, fail_fast=True
@@ -192,7 +193,6 @@ def test_a_channel_whose_certificate_is_old_when_it_breaks_is_replaced(
             os.replace(staged, both)  # now the server takes no certificate of the old authority
             wait_until(lambda: not may_call(server.target, authority.ca, old))
             F.deconvolution_2d(X, W)  # by the connection that it has
-        port = int(proxy.target.rpartition(":")[2])
         with faulty_proxy(server.target, CLEAN, own_port=port):  # and the connection has broken
             first(F)
             y = F.deconvolution_2d(X, W)

@@ -237,7 +237,7 @@ def test_tensors_that_nobody_reads_keep_no_tenant_from_its_share(
 
         begin_s = time.monotonic()
         handles = [modest.put(image(number, 8 * MIB)) for number in range(4)]
-        assert time.monotonic() - begin_s < 5
+        assert time.monotonic() - begin_s < 20
 
         for number, handle in enumerate(handles):
             np.testing.assert_array_equal(modest.get(handle), image(number, 8 * MIB))

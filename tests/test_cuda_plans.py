@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +108,7 @@ def test_a_choice_is_found_by_the_next_process(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there" / "yet"
     PlanStore(folder, ORIGIN).save(KEY, CHOICE)
     assert PlanStore(folder, ORIGIN).load(KEY) == CHOICE
-    assert [path.suffix for path in folder.iterdir()] == [".json"]
+    assert [path.suffix for path in folder.rglob("*") if path.is_file()] == [".json"]
 
 
 @pytest.mark.parametrize("name", ORIGIN)
@@ -140,7 +142,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(
 ) -> None:
     store = PlanStore(tmp_path, ORIGIN)
     store.save(KEY, CHOICE)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.rglob("*.json")
     text = damaged(path.read_text())[damage]
     assert text != path.read_text()
     path.write_text(text)
@@ -168,16 +170,45 @@ def test_a_store_that_cannot_be_written_only_warns(
 def test_a_full_store_keeps_what_it_has_and_says_once_that_it_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_module, "_PLANS_COUNT", 2)
-    PlanStore(tmp_path, ORIGIN).save(KEY, CHOICE)
+    monkeypatch.setattr(store_module, "_SHARD_PLANS_COUNT", 2)
+    keys = [with_specs(TensorSpec((n, 4, 8, 8), FLOAT32), PROBLEM.W) for n in range(1, 1500)]
     store = PlanStore(tmp_path, ORIGIN)
+    for key in keys[:750]:
+        store.save(key, CHOICE)
+    kept = [key for key in keys[:750] if store.load(key) is not None]
 
-    for other in OTHERS.values():
-        store.save(other, CHOICE)
+    store = PlanStore(tmp_path, ORIGIN)  # which finds out by itself what is full
+    for key in keys:
+        store.save(key, CHOICE)
 
-    assert len(list(tmp_path.glob("*.json"))) == 2
-    assert store.load(KEY) == CHOICE
-    assert caplog.text.count("which is the limit") == 1
+    assert len(kept) > 256
+    assert all(store.load(key) == CHOICE for key in kept)
+    assert 450 < len(list(tmp_path.rglob("*.json"))) <= 512
+    assert caplog.text.count("which is the limit") == 2
+
+
+OPENING = """
+import sys
+from pathlib import Path
+from deconvd_server.device.cuda.plans.store import PlanStore
+
+def note(event, arguments):
+    if event in ("os.listdir", "os.scandir"):
+        print(event, *arguments)
+
+sys.addaudithook(note)
+PlanStore(Path(sys.argv[1]), {"deconvd": "1"})
+print("opened")
+"""
+
+
+def test_a_store_of_any_size_is_opened_without_a_look_at_its_plans(tmp_path: Path) -> None:
+    PlanStore(tmp_path, ORIGIN).save(KEY, CHOICE)
+
+    command = [sys.executable, "-c", OPENING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout == "opened\n"
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,8 @@ def test_a_server_listens_where_it_is_told_to(tmp_path: Path) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 1
         assert (
-            f"cannot listen for direct calls: Address already in use: 'port {port}'" in ended.stderr
+            "cannot listen for direct calls (--direct-port): Address already in use: "
+            f"'port {port}'" in ended.stderr
         )
     with server_process(
         tmp_path, "--direct-port", str(port), listen=("127.0.0.1:0", "localhost:0")
@@ -317,7 +318,7 @@ FRAMES = st.lists(
 METHODS = st.sampled_from(MethodCode)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=1, max_size=200) | FRAMES, method=METHODS, begins=st.booleans())
 def test_frames_that_make_no_sense_hurt_nobody(
     running: ServerProcess,

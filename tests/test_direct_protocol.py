@@ -8,7 +8,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 from google.rpc import status_pb2
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deconvd.direct import events
@@ -322,7 +322,6 @@ NONSENSE = st.lists(
 ).map(b"".join)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(Role), st.sampled_from(ProtocolState), NONSENSE, CHUNKS)
 def test_whatever_comes_is_an_event_or_the_peers_fault_however_it_is_cut(
     role: Role, state: ProtocolState, data: bytes, sizes: list[int]
@@ -343,7 +342,6 @@ def _outcome(
         return str(error)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_two_ends_understand_each_other_whatever_crosses_on_the_way(data: st.DataObject) -> None:
     state = data.draw(

@@ -80,6 +80,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
+def piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one thread copy: how many pieces several threads end between two reports is chance."""
+    monkeypatch.setattr(parallel_copy, "processors_count", lambda: 1)
+
+
+@pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clients be early although no card follows them."""
     monkeypatch.setattr(AdaptiveBackoff, "is_due", lambda _: True)
@@ -161,6 +167,7 @@ class TestClient:
             np.testing.assert_array_equal(F.deconvolution_2d(x, W), x * 3)
         assert not told
 
+    @pytest.mark.usefixtures("piece_by_piece")
     def test_what_is_refused_meanwhile_is_not_copied_to_its_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -189,6 +196,7 @@ class TestClient:
                 assert made == [False]
                 np.testing.assert_array_equal(F.deconvolution_2d(x[:1], W), x[:1] * 3)
 
+    @pytest.mark.usefixtures("piece_by_piece")
     def test_a_call_whose_line_breaks_meanwhile_is_made_again_with_all_of_x(
         self, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -253,8 +261,8 @@ class TestClient:
         assert told[-1] == 100 + size_bytes + 7
         np.testing.assert_array_equal(target, source)
 
-    def test_the_end_of_each_operand_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(parallel_copy, "processors_count", lambda: 1)  # piece by piece
+    @pytest.mark.usefixtures("piece_by_piece")
+    def test_the_end_of_each_operand_is_told(self) -> None:
         sizes_bytes = (2 << 20, 40 << 20)
         arrays = [(np.zeros(n, np.uint8), np.ones(n, np.uint8)) for n in sizes_bytes]
         copy = OverlappedCopy(
@@ -270,8 +278,9 @@ class TestClient:
         assert all(target.all() for target, _ in arrays)
 
     @pytest.mark.parametrize("lent", [(), ("W",), ("x",)])
+    @pytest.mark.usefixtures("piece_by_piece")
     def test_a_large_W_may_be_late_too(
-        self, server: ServerProcess, told: list[int], always: None, lent: tuple[str, ...]
+        self, server: ServerProcess, told: list[int], lent: tuple[str, ...]
     ) -> None:
         random = np.random.default_rng(0)
         with directly_connected(server) as F:
@@ -484,7 +493,7 @@ class TestServer:
                 report_progress(line, written_bytes)
             began_s = time.monotonic()
             assert isinstance(receive_failure(line), DeadlineError)
-            assert time.monotonic() - began_s < 5
+            assert time.monotonic() - began_s < 20
             report_progress(line, x.nbytes)  # too late
             assert is_serving(line)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import deconvd_client
 from deconvd_client import Connection, InvalidArgumentError
 from tests.envoys import run_envoy
-from tests.servers import ServerProcess, server_process
+from tests.servers import ServerProcess, free_port, server_process
 
 pytest.importorskip("envoy", reason="there is no Envoy for this system")
 
@@ -30,8 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def proxy(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An Envoy before the server, as a target."""
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = tmp_path_factory.mktemp("envoy") / "envoy.json"
     config.write_text(json.dumps(configuration(port, int(server.target.rpartition(":")[2]))))
     with run_envoy(config, HOST, port) as target:

@@ -236,4 +236,4 @@ class SharesMachine(RuleBasedStateMachine):
 
 
 TestShares = SharesMachine.TestCase
-TestShares.settings = settings(max_examples=200, deadline=None)
+TestShares.settings = settings(max_examples=200)

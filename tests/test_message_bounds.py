@@ -59,7 +59,7 @@ def test_much_beside_elements_is_refused_before_it_takes_time_or_memory(
 
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert f"at most {MAX_NON_ELEMENT_BYTES} bytes in addition to" in str(refused.value.details())
-    assert time.monotonic() - begin_s < 3  # nine seconds it was
+    assert time.monotonic() - begin_s < 8  # nine seconds it was, on a machine at rest
     assert peak_memory_bytes(pid) - held_bytes < 300 << 20
 
 

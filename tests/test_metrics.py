@@ -286,6 +286,23 @@ def test_both_formats_are_valid_and_may_be_compressed(address: str) -> None:
     assert {"deconvd_calls", "deconvd_ready", "process_cpu_seconds", "python_info"} <= names
 
 
+@pytest.mark.parametrize(
+    ("accepted", "is_packed"),
+    [
+        ("gzip;q=0", False),
+        ("identity, GZIP ; q=0.000", False),
+        ("gzip;q=0.5, identity;q=0", True),
+        ("deflate;q=0, gzip", True),
+    ],
+)
+def test_they_are_compressed_only_for_a_scraper_that_does_not_refuse_it(
+    address: str, accepted: str, is_packed: bool
+) -> None:
+    answer = scrape(address, headers={"Accept-Encoding": accepted})
+
+    assert answer.headers.get("content-encoding") == ("gzip" if is_packed else None)
+
+
 def test_they_are_told_while_calls_wait_for_a_device_that_hangs(socket_directory: Path) -> None:
     hung = np.ones((HUNG_SAMPLES_COUNT, 1, 8, 8), np.float32)
     w = np.ones((1, 1, 2, 2), np.float32)

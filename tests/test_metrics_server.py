@@ -495,7 +495,7 @@ def test_a_port_that_another_has_is_an_error_that_names_it(socket_directory: Pat
     addresses = [f"unix:{socket_directory}/s"]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(AddressInUseError, match=f"cannot listen for metrics.*port {port}"):
+        with pytest.raises(AddressInUseError, match=rf"\(--metrics-port\).*port {port}"):
             Daemon(Settings(addresses, 1 << 20, drain_timeout_s=1, metrics_port=port))
 
 

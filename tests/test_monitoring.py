@@ -144,9 +144,9 @@ def test_an_alert_fires_for_a_server_that_is_gone_and_not_for_one_that_is_there(
         alerts = watched.prometheus.query('ALERTS{alertname="DeconvdDown", alertstate="firing"}')
         return {alert.labels["instance"] for alert in alerts}
 
-    wait_until(lambda: bool(firing()))
-    wait_until(lambda: bool(watched.numbers(f'up{{instance="{watched.server.metrics_address}"}}')))
-    assert firing() == {watched.absent}
+    up = f'up{{instance="{watched.server.metrics_address}"}} == 1'
+    # a scrape of a busy server may be late, and would be an alert for a moment
+    wait_until(lambda: bool(watched.numbers(up)) and firing() == {watched.absent})
 
 
 @pytest.mark.parametrize("alert", ["DeconvdInternalErrors", "DeconvdRefusing"])

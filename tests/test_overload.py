@@ -21,7 +21,7 @@ from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 from tests.token_calls import write_tokens
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 LEAST_S = 0.025
 """How long a call computes at least."""
@@ -74,6 +74,7 @@ def test_what_is_more_than_it_can_do_is_refused_at_once_and_the_rest_is_served_i
     assert np.median(times.refused_s) < np.median(times.accepted_s)
 
 
+@pytest.mark.slow
 def test_refused_callers_are_told_to_come_back_when_it_has_done_what_it_refused(
     guarded: ServerProcess, load: tuple[pb.DeconvolveRequest, float]
 ) -> None:
@@ -87,6 +88,7 @@ def test_refused_callers_are_told_to_come_back_when_it_has_done_what_it_refused(
     assert np.median(many.retry_after_s) > 1.5 * np.median(few.retry_after_s)
 
 
+@pytest.mark.slow
 def test_refusals_are_a_line_a_second_with_their_number(
     guarded: ServerProcess, load: tuple[pb.DeconvolveRequest, float]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -36,7 +36,6 @@ def patterns(element_bytes: int) -> st.SearchStrategy[Any]:
 
 
 @ELEMENT_BYTES
-@settings(deadline=None)  # a busy machine may pause in any example
 @given(data=st.data())
 def test_any_bits_come_back(element_bytes: int, data: st.DataObject) -> None:
     words = data.draw(patterns(element_bytes))
@@ -45,7 +44,6 @@ def test_any_bits_come_back(element_bytes: int, data: st.DataObject) -> None:
 
 
 @ELEMENT_BYTES
-@settings(deadline=None)
 @given(data=st.data())
 def test_elements_are_packed_as_the_schema_says_if_that_saves_a_quarter(
     element_bytes: int, data: st.DataObject
@@ -150,7 +148,6 @@ def test_zeros_among_the_others_are_taken_as_they_are() -> None:
     np.testing.assert_array_equal(unpack(memoryview(packed)).view(np.float32), [0, 0, 2])
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([0, 1, 2, 4, 8, 255]),
     st.integers(0, 70) | st.integers(0, 2**32 - 1),
@@ -165,7 +162,6 @@ def test_whatever_comes_is_elements_or_refused(element_bytes: int, count: int, r
     assert len(unpacked) == element_bytes * count <= MAX_UNPACKED_BYTES
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_damaged_byte_is_refused_or_changes_elements_alone(data: st.DataObject) -> None:
     words = data.draw(patterns(4))

@@ -37,7 +37,7 @@ from tests.lenders import (
     start_lender,
 )
 from tests.processes import lent_bytes, wait_until
-from tests.servers import server_process
+from tests.servers import GRAPHS_SOON, server_process
 
 LIMIT_BYTES = 64 * MIB
 REGION_BYTES = 16 * MIB
@@ -324,7 +324,7 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 def test_neither_end_keeps_mapped_what_was_given_back(tmp_path: Path, device: str) -> None:
     """A first call may search plans, a second captures a graph, and those after it launch that."""
     filters = np.ones((8, 1, 1, 1), np.float32)
-    with server_process(tmp_path, device=device) as server:
+    with server_process(tmp_path, device=device, constants=GRAPHS_SOON) as server:
         for calls_count in (1, 2, 4):
             with connect(server.target, transport="shared_memory") as F:
                 x = F.empty((4, 8, 256, 256), np.float32)

@@ -296,5 +296,5 @@ class RegistryMachine(RuleBasedStateMachine):
             )  # the memory beneath is the same for all engines
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60)
 TestRegistry = RegistryMachine.TestCase

@@ -571,7 +571,7 @@ class TestLife:
             [sys.executable, "-W", "error", "-c", script, server.target],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=90,
             check=False,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -604,7 +604,7 @@ class TestLife:
             [sys.executable, "-c", script, server.target],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=90,
             check=False,
         )
         assert (done.returncode, done.stdout) == (0, "26244.0\n"), done.stderr
@@ -644,7 +644,7 @@ def memory_bytes(pid: int) -> int:
     return int(line.split()[1]) << 10
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s

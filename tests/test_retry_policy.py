@@ -19,7 +19,6 @@ from click.testing import CliRunner
 
 import deconvd_client
 from deconvd.errors import (
-    CallCancelledError,
     DeadlineError,
     DeconvdError,
     InvalidArgumentError,
@@ -41,7 +40,7 @@ from tests.servers import ServerProcess, call_until_served, free_port, server_pr
 X = np.ones((1, 2, 3, 3), np.float32)
 W = np.ones((2, 2, 2, 2), np.float32)
 LARGE = np.ones((4, 2, 64, 64), np.float32)
-SLACK_S = 3.0
+SLACK_S = 10.0
 
 Serve = Callable[..., AbstractContextManager[ServerProcess]]
 
@@ -76,38 +75,7 @@ def reached() -> RetryPolicy:
 
 
 class TestRetries:
-    """The policy alone."""
-
-    def test_a_server_is_tried_until_the_deadline_but_one_that_never_answered_for_five_seconds(
-        self,
-    ) -> None:
-        stopping = CallCancelledError("it stops")
-        cases = [(reached(), AWAY, 7), (reached(), stopping, 7), (RetryPolicy(), AWAY, 60)]
-
-        def tried_s(retries: RetryPolicy, error: DeconvdError, timeout_s: float) -> float:
-            attempts = forever(error)
-            with pytest.raises(type(error)):
-                retries.run(attempts, Deadline(timeout_s))
-            return attempts.times_s[-1] - attempts.times_s[0]
-
-        with ThreadPoolExecutor(len(cases)) as pool:
-            away_s, stopping_s, unreached_s = pool.map(lambda case: tried_s(*case), cases)
-
-        assert 6 < away_s < 7 + SLACK_S
-        assert 6 < stopping_s < 7 + SLACK_S
-        assert 4 < unreached_s < 5 + SLACK_S
-
-    def test_pauses_grow_and_differ(self) -> None:
-        def pauses() -> np.ndarray:
-            attempts = Attempts(*[AWAY] * 5)
-            assert reached().run(attempts, Deadline(30)) == "done"
-            return np.diff(attempts.times_s)
-
-        with ThreadPoolExecutor(3) as pool:
-            each = list(pool.map(lambda _: pauses(), range(3)))
-
-        assert all(pause[4] > pause[0] for pause in each)
-        assert len({pause[4] for pause in each}) == 3
+    """The policy alone. `test_retry_times` has its times, by a clock of its own."""
 
     def test_a_server_that_says_when_to_come_back_is_not_tried_sooner(self) -> None:
         attempts = Attempts(FULL, FULL)

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from deconvd.model.dtypes import Array
 from deconvd_client import Connection, Tls
 from deconvd_client.cli.main import main
 from deconvd_client.server_set.server_set import ServerSet
+from deconvd_client.transports.direct import striped_transport
 from tests.certificates import Authority
 from tests.fleets import (
     FILTERS,
@@ -109,7 +111,11 @@ def test_a_large_batch_is_computed_by_all_of_them(fleet: Fleet, F: Connection) -
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=atol)
 
 
-def test_the_same_set_gives_the_same_bits_whoever_is_alive(fleet: Fleet, F: Connection) -> None:
+def test_the_same_set_gives_the_same_bits_whoever_is_alive(
+    fleet: Fleet, F: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where other calls would be striped
+    monkeypatch.setattr(striped_transport, "processors_count", lambda: 16)
     gy = np.random.default_rng(1).standard_normal((12, 2, 512, 512)).astype(np.float32)
     with F.using_config("cudnn_deterministic", True):
         first = F.deconvolution_2d_grad(LARGE, TWO, BIAS, gy)
@@ -264,6 +270,20 @@ def test_health_is_that_of_the_best(fleet: Fleet) -> None:
         assert F.server_info().version == deconvd_client.__version__
     with pytest.raises(deconvd_client.CallCancelledError):
         F.deconvolution_2d(X, FILTERS[0])
+
+
+def test_each_server_has_an_equal_part_of_the_time_in_which_health_is_asked_for() -> None:
+    with ExitStack() as stack:
+        # the system accepts connections, and nobody answers
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        targets = [f"127.0.0.1:{each.getsockname()[1]}" for each in silent]
+        F = stack.enter_context(deconvd_client.connect(targets, timeout_s=1.5))
+        began_s = time.monotonic()
+        with pytest.raises((DeadlineError, UnavailableError)):
+            F.health()
+        passed_s = time.monotonic() - began_s
+
+    assert passed_s > 1.4
 
 
 def test_status_shows_each_of_several_servers(fleet: Fleet) -> None:

@@ -77,7 +77,7 @@ class _Bytes(RuleBasedStateMachine):
 
 TestArenaAgainstBytes = _Bytes.TestCase
 TestArenaAgainstBytes.settings = settings(
-    max_examples=100, stateful_step_count=60, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=60, derandomize=True
 )
 
 

@@ -184,7 +184,7 @@ class TestSlices:
             assert array.shape == shape
 
     @given(region=st.binary(max_size=40))
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
     def test_a_region_of_no_one_is_refused(self, lender: Lender, region: bytes) -> None:
         with pytest.raises(
             StaleRegionError, match="must be in shared memory that this server lends"
@@ -443,7 +443,7 @@ class TestStrangers:
     """Whoever comes to the side socket disturbs nobody else."""
 
     @given(packet=st.binary(min_size=1, max_size=80))
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
     def test_garbage_ends_its_connection_alone(
         self, lender: Lender, path: Path, packet: bytes
     ) -> None:

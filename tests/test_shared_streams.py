@@ -73,8 +73,9 @@ class GrpcClient:
         self._ended = threading.Event()
         self._channel = grpc.insecure_channel(server.targets[1])
         self.stub = pb_grpc.DeconvolutionServiceStub(self._channel)
-        holding = self.stub.HoldSession(self._then_wait(pb.HoldSessionRequest()))
-        self.session = next(holding).session
+        # gRPC cancels a call that nobody refers to any more, and the session would end with it
+        self._holding = self.stub.HoldSession(self._then_wait(pb.HoldSessionRequest()))
+        self.session = next(self._holding).session
 
     def idle_stream(self) -> Any:
         return self.stub.DeconvolveStream(self._then_wait(header()))

@@ -440,7 +440,7 @@ def test_a_directory_that_may_not_be_written_any_more_keeps_no_server_from_endin
         os.chown(run, 0, 0)
         server.terminate()
         try:
-            _, log = server.communicate(timeout=30)
+            _, log = server.communicate(timeout=90)
         finally:
             server.kill()
 

@@ -239,7 +239,7 @@ def test_every_rpc_is_called_here() -> None:
 
 
 @given(random=st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_fields_may_stand_in_any_order_among_unknown_ones(
     channel: grpc.Channel, random: Random
 ) -> None:
@@ -259,7 +259,7 @@ def unary(channel: grpc.Channel, name: str, response_type: type[Message]) -> Any
 
 
 @given(random=st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_parts_of_a_stream_may_have_unknown_fields_too(
     channel: grpc.Channel, random: Random
 ) -> None:

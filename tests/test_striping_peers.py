@@ -213,12 +213,9 @@ def call(
     *,
     timeout_s: float = 30,
     stripes_count: int = 4,
-    is_preferred: bool = False,
 ) -> Answer:
     attempt = StripedAttempt(MethodCode.Deconvolve, b"request", OPERANDS, results)
-    return striped.call(
-        lambda: attempt, Deadline(timeout_s), stripes_count, is_preferred=is_preferred
-    )
+    return striped.call(lambda: attempt, Deadline(timeout_s), stripes_count)
 
 
 def new_results() -> list[Array]:
@@ -420,14 +417,14 @@ def test_a_call_with_too_few_connections_goes_another_way(make_server: MakeServe
     direct.close()
 
 
-@pytest.mark.parametrize(("connections_count", "stripes_count"), [(2, 1), (4, 3)])
+@pytest.mark.parametrize(("connections_count", "stripes_count"), [(3, 2), (4, 3)])
 def test_a_call_makes_do_with_fewer_stripes(
     make_server: MakeServer, connections_count: int, stripes_count: int
 ) -> None:
     server = make_server(connections_count=connections_count)
     direct, striped = transports_to(server)
     results = new_results()
-    call(striped, results, is_preferred=True)
+    call(striped, results)
     np.testing.assert_array_equal(np.concatenate(results), np.concatenate(OPERANDS))
     assert [head.stripes_count for head in server.heads] == [stripes_count]
     direct.close()
@@ -483,7 +480,7 @@ def _no_wait_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_wait_for_a_reason")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), is_control=st.booleans())
 def test_any_bytes_from_the_server_end_a_call(
     make_server: MakeServer, data: bytes, is_control: bool

@@ -209,6 +209,7 @@ def test_the_log_has_one_line_about_what_serves_where(tmp_path: Path) -> None:
         *options,
         *("--shared-memory-bytes", "16Mi", "--resident-memory-bytes", "8Mi"),
         *("--spill-memory-bytes", "4Mi", "--health-port", str(free_port())),
+        *("--metrics-port", "0"),
         listen=listen,
     ) as server:
         wait_until(lambda: " serves on " in server.log.read_text())
@@ -223,6 +224,7 @@ def test_the_log_has_one_line_about_what_serves_where(tmp_path: Path) -> None:
         f"messages up to {5 << 20} bytes",
         f"{16 << 20} shared, {4 << 20} spilled",
         " (health alone)",
+        " (metrics)",
         f"deconvd {deconvd.__version__} serves",
     ):
         assert part in line, line

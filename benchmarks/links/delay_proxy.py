@@ -7,7 +7,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +16,7 @@ import deconvd_client
 __all__ = ["DelayProxy", "PassedConnection", "long_link"]
 
 PROXY_HOST: Final = "127.0.0.2"
-"""Another address of this host, where the ports of the server are still free."""
+"""Another address of this host, where the ports of the server are free if `free_port` has chosen them."""
 
 _PIECE_BYTES: Final = 1 << 20
 
@@ -54,7 +54,12 @@ class DelayProxy:
         self.connections: list[PassedConnection] = []
         self._host = host
         self._delay_s = delay_s
-        self._listeners = [socket.create_server((PROXY_HOST, port), backlog=128) for port in ports]
+        with ExitStack() as stack:  # if another program has one of the ports
+            self._listeners = [
+                stack.enter_context(socket.create_server((PROXY_HOST, port), backlog=128))
+                for port in ports
+            ]
+            stack.pop_all()
         self._ends: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._end = asyncio.Event()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.certificates import write_certificate
+from benchmarks.ports import free_port
 from deconvd.host.startup_line import address_in_startup_line
 from deconvd_client import Tls
 from deconvd_server.access.tokens import TokenHash, new_token
@@ -72,7 +72,7 @@ def watched_server(
     """
     cert, key, ca = write_certificate(directory, _HOST)
     tokens, token_files = _make_tokens(directory)
-    port = _free_port()
+    port = free_port()
     command = [
         sys.executable,
         *module,
@@ -114,9 +114,3 @@ def _make_tokens(directory: Path) -> tuple[Path, dict[str, Path]]:
         file.touch(0o600)
         file.write_text(tokens[name])
     return hashes, files
-
-
-def _free_port() -> int:
-    with socket.create_server((_HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pyarrow.flight
 
+from benchmarks.ports import free_port
 from deconvd.host.malloc import keep_freed_memory
 from deconvd.host.parallel_copy import copy_into
 from deconvd.model.operation import Operation
@@ -97,6 +98,7 @@ def serve_deconvd(address: str, tokens: str = "", cert: str = "", key: str = "")
             [address],
             MAX_MESSAGE_BYTES,
             drain_timeout_s=1,
+            direct_port=free_port(),  # a proxy may want it on another address of this host
             shared_memory_bytes=4 << 30,
             authenticator=Authenticator(TokenFile(Path(tokens)) if tokens else None),
             tls=ServerTls(Path(cert), Path(key), None) if cert else None,

@@ -314,6 +314,8 @@ class Connection(Operations):
         return again, ()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_server"):  # in a debugger, say, which shows why it could not be made
+            return "<deconvd_client.Connection that was not made>"
         words = [f"to {self.target}", *self._server.describe(), f"timeout {self._timeout_s:g} s"]
         if self._transport is not TransportName.AUTO:
             words.append(f"transport {self._transport.value}")

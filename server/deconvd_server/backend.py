@@ -287,7 +287,12 @@ def _listen_for_direct_calls(settings: Settings, addresses: Sequence[str]) -> li
     if not settings.takes_direct_calls:
         return []
     try:
-        return listen_tcp(addresses, settings.direct_port, shares_port=settings.shares_ports)
+        return listen_tcp(
+            addresses,
+            settings.direct_port,
+            "direct calls (--direct-port)",
+            shares_port=settings.shares_ports,
+        )
     except AddressInUseError as error:
         if settings.direct_port:
             raise

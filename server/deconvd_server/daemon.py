@@ -210,6 +210,7 @@ class Daemon:
         assert self.backend is not None
         addresses = [describe_address(where, describe_callers(where)) for where in self.addresses]
         addresses += [describe_address(where, "health alone") for where in self.health_addresses]
+        addresses += [describe_address(where, "metrics") for where in self.metrics_addresses]
         return (
             f"deconvd {deconvd.__version__} serves on {', '.join(addresses)}"
             f"{self.backend.description()}; messages up to {self._settings.max_message_bytes} bytes"
@@ -305,7 +306,7 @@ class Daemon:
             listen_tcp(
                 [f"{host}:0" for host in side_hosts(self.addresses)],
                 settings.metrics_port,
-                "metrics",
+                "metrics (--metrics-port)",
             ),
             settings.authenticator,
             settings.tls,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from benchmarks.ports import free_port
 from deconvd.direct.events import ANY_INSTANCE, Hello
 from deconvd.direct.frame_stream import FrameStream
 from tests.stream_pairs import client_stream
@@ -85,10 +85,7 @@ class Places:
 
 def free_places(directory: Path) -> Places:
     """Return places where nobody listens."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(2)]
-        port, direct_port = (one.getsockname()[1] for one in sockets)
-    return Places(str(directory / "deconvd.sock"), port, direct_port)
+    return Places(str(directory / "deconvd.sock"), free_port(), free_port())
 
 
 def connect_tcp(port: int, source: str) -> socket.socket:

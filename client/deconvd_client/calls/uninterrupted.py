@@ -145,6 +145,18 @@ class BackgroundTask(Generic[_T]):
                 _worker_pool.submit(give_up)
             raise
 
+    def start(self) -> None:
+        """Have the work done, and do not wait for it: `wait` does. Instead of `run`."""
+        _worker_pool.submit(self._execute)
+
+    def wait(self, within_s: float = math.inf) -> _T:
+        """Return the value of work that was started, or raise its error.
+
+        Raises:
+            PromiseTimeoutError: The work has not ended in time.
+        """
+        return self._promise.wait(within_s)
+
     def fail(self, error: BaseException) -> None:
         """Make the caller stop waiting, and raise an error. It has no effect once the work has ended."""
         self._promise.fail(error)

@@ -18,7 +18,7 @@ from deconvd.wire.messages import WIDE_SUMS
 from deconvd_client.calls.cancel_scope import CancelScope, abort_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.ledgers import LedgerRecorder
-from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError, run_in_background
+from deconvd_client.calls.uninterrupted import BackgroundTask, PromiseTimeoutError
 from deconvd_client.credentials import Credentials
 from deconvd_client.residents import Call, Resident, SourceArray
 from deconvd_client.server import Server
@@ -134,6 +134,8 @@ class ServerSet:
     def health(self) -> str:
         """Return ``SERVING`` if at least one server serves, else what another one says.
 
+        Each is asked for an equal part of the time, and for what those before it have left of theirs.
+
         Raises:
             UnavailableError, DeadlineError: None can be reached.
         """
@@ -142,8 +144,8 @@ class ServerSet:
         members = self._balancer.configured
         health = ""
         failure: UnavailableError | DeadlineError | None = None
-        for member in members:
-            limit = deadline.with_limit(deadline.remaining_s() / len(members))
+        for asked_count, member in enumerate(members):
+            limit = deadline.with_limit(deadline.remaining_s() / (len(members) - asked_count))
             try:
                 health = member.server.route.health(limit)
             except (UnavailableError, DeadlineError) as error:
@@ -174,13 +176,12 @@ class ServerSet:
         self._runner.close()
         self._monitor.close()
         deadline = Deadline(_CLOSE_TIMEOUT_S)
-        promises: list[Promise[None]] = []
-        for member in self._balancer.members:
-            promises.append(Promise())
-            run_in_background(partial(_settle, promises[-1], member.server.close))
+        tasks = [BackgroundTask(member.server.close) for member in self._balancer.members]
+        for task in tasks:
+            task.start()
         with suppress(PromiseTimeoutError):
-            for promise in promises:
-                promise.wait(deadline.remaining_s())
+            for task in tasks:
+                task.wait(deadline.remaining_s())
 
     def describe(self) -> Iterator[str]:
         """Yield in words how many servers are in use, as far as is known without asking them."""
@@ -255,14 +256,12 @@ class ServerSet:
                 raise
             return self.ledgers.last_text
 
-        promises: list[Promise[str]] = []
         with abort_on_cancel(deadline.scope, group.cancel):
             try:
-                for part in parts:
-                    promises.append(Promise())
-                    work = partial(copy_context().run, execute, part)
-                    run_in_background(partial(_settle, promises[-1], work))
-                texts = [_outcome(promise) for promise in promises]
+                tasks = [BackgroundTask(partial(copy_context().run, execute, p)) for p in parts]
+                for task in tasks:
+                    task.start()
+                texts = [_outcome(task) for task in tasks]
             except BaseException:
                 group.cancel()  # an interrupt
                 raise
@@ -284,18 +283,10 @@ def _execute_part(server: Server, part: Call, deadline: Deadline) -> dict[str, A
     return server.execute(part, deadline)
 
 
-def _settle(promise: Promise[_T], work: Callable[[], _T]) -> None:
-    """Fulfil a promise by what `work` returns or raises."""
-    try:
-        promise.fulfil(work())
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiting thread's
-        promise.fail(error)
-
-
-def _outcome(promise: Promise[str]) -> str:
+def _outcome(task: BackgroundTask[str]) -> str:
     """Return the ledger of a part once it has ended; an empty one if it has failed."""
     try:
-        return promise.wait()
+        return task.wait()
     except DeconvdError:
         return ""
 

@@ -31,15 +31,14 @@ def make_large_call(
 ) -> CallResult:
     """Make a call in the way that has been the fastest for calls of its kind: striped, or in a stream.
 
-    With the option ``cudnn_deterministic`` the way does not depend on measurements, since results that are sums over
-    samples have other bits in a stream: the call is striped wherever its size and the processors of this host allow.
-    Only if connections break, or the server refuses stripes, it is a stream.
+    With the option ``cudnn_deterministic`` it is always a stream, whose slices depend on the call alone. A striped call
+    is computed in one piece, so that sums over samples have other bits, and any call can fail to be striped.
 
     Args:
         empty: Returns new memory for a result.
     """
     striped = stub.striped
-    if striped is None or not striped.may_carry:
+    if striped is None or not striped.may_carry or call_spec.request.options.cudnn_deterministic:
         return _make_stream_call(stub, call_spec, empty)
     kind: Hashable = (
         call_spec.operation.name,
@@ -52,12 +51,11 @@ def make_large_call(
     )
     for tensor in tensors:
         size_bytes += tensor.nbytes
-    is_fixed = call_spec.request.options.cudnn_deterministic
-    choice = striped.policy.choose(kind, size_bytes, is_fixed=is_fixed)
+    choice = striped.policy.choose(kind, size_bytes)
     began_s = time.monotonic()
     result = None
     if choice != STREAM:
-        result = _make_striped_call(striped, call_spec, empty, choice, is_preferred=is_fixed)
+        result = _make_striped_call(striped, call_spec, empty, choice)
     if result is None:
         result = _make_stream_call(stub, call_spec, empty)
     striped.policy.record(kind, size_bytes, choice, time.monotonic() - began_s)
@@ -87,8 +85,6 @@ def _make_striped_call(
     call_spec: CallSpec,
     empty: Callable[[TensorSpec], Array],
     stripes_count: int,
-    *,
-    is_preferred: bool,
 ) -> CallResult | None:
     """Make a striped call, and return its result. None if the call must be made in another way."""
     arrays: dict[str, Array] = {}
@@ -117,7 +113,7 @@ def _make_striped_call(
         )
 
     try:
-        answer = striped.call(begin, call_spec.deadline, stripes_count, is_preferred=is_preferred)
+        answer = striped.call(begin, call_spec.deadline, stripes_count)
     except NotServedDirectlyError:
         return None
     response: Any = parse_response(messages_for(call_spec.operation).response, answer.message)

@@ -6,6 +6,8 @@ last byte of a part is the link's alone: neither the server's computing nor the 
     server     computes        | part 0 |  computes     | part 1 |
     link                         |======|                 |======|
     measured                     |<---->|                 |<---->|
+
+What the thread that reads spends on the processor meanwhile, to decrypt or to copy, is not the link's either.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class LinkRate:
 
 
 class MeteredSource:
-    """The parts of a response, whose arrival is measured. See `PartSource`.
+    """The parts of a response, whose arrival is measured. See `PartSource`. One thread reads all of them.
 
     Args:
         source: The parts as they arrive.
@@ -133,6 +135,7 @@ class MeteredSource:
         self._filled_bytes = 0
         self._unmeasured_bytes = 0  # those that had arrived when the measurement began
         self._began_s = 0.0
+        self._began_processor_s = 0.0  # on the clock of this thread's processor time
         self._is_packed = False  # some of the current results came packed: in fewer bytes
 
     def next(self) -> Message | PendingElements | None:
@@ -142,7 +145,7 @@ class MeteredSource:
             return part
         self._is_packed |= part.is_packed
         if not self._filled_bytes:
-            self._began_s = time.perf_counter()
+            self._began_s, self._began_processor_s = time.perf_counter(), time.thread_time()
             self._unmeasured_bytes = part.size_bytes if self.is_buffered else 0
         return part
 
@@ -155,6 +158,8 @@ class MeteredSource:
         if self._filled_bytes >= self._part_bytes:
             if not self._is_packed:
                 measured_bytes = self._filled_bytes - self._unmeasured_bytes
-                self._link_rate.add_part(measured_bytes, time.perf_counter() - self._began_s)
+                passed_s = time.perf_counter() - self._began_s
+                processor_s = time.thread_time() - self._began_processor_s
+                self._link_rate.add_part(measured_bytes, passed_s - processor_s)
             self._filled_bytes, self._is_packed = 0, False
             self._parts_left_count -= 1

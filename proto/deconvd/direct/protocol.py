@@ -39,8 +39,10 @@ ended. A client SHOULD have greeted on all connections before it sends the call:
 ones, but waits for the stripes of calls that have come.
 
 Both ends may send at the same time. A client MUST wait for the server's HELLO before its first call, since another
-program may listen on the port. A client that closes a connection cancels its call. A server that closes a connection
-either has not begun the call or cannot report its outcome, so the client repeats the call over gRPC. A server MUST
+program may listen on the port. A client that closes a connection cancels its call, unless the server has written all
+of the answer: ANSWER, or END, or ANSWER and the END of every stripe. Such a call has succeeded, and the server MUST
+count it so. A server that closes a connection either has not begun the call or cannot report its outcome, so the client
+repeats the call over gRPC. A server MUST
 close a connection whose client wants another instance. It MUST also close a connection after a call of a method with
 streams has failed, since the rest of the request may still be arriving. It MAY close a connection between calls.
 """

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 __all__ = [
     "BadRequestError",
     "Request",
+    "accepted_encodings",
     "accepted_formats",
     "find_end",
     "parse_head",
@@ -27,6 +28,8 @@ _PATH: Final = "/metrics"
 _METHODS: Final = ("GET", "HEAD")
 _VERSIONS: Final = ("HTTP/1.0", "HTTP/1.1")
 _FORMAT_VERSION: Final = re.compile(r"version=\d{1,3}(\.\d{1,3}){0,2}", re.ASCII)
+
+_IS_REFUSED: Final = re.compile(r";\s*q=0(\.0*)?\s*$", re.ASCII | re.IGNORECASE)
 
 
 class BadRequestError(Exception):
@@ -103,6 +106,15 @@ def accepted_formats(headers: Message) -> str:
     """
     formats = str(headers.get("Accept", "")).split(",")
     return ",".join(filter(_is_format, formats))
+
+
+def accepted_encodings(headers: Message) -> str:
+    """Return the encodings that a scraper accepts, but for those that it refuses by a weight of 0.
+
+    prometheus-client does not look at weights.
+    """
+    encodings = str(headers.get("Accept-Encoding", "")).split(",")
+    return ",".join(each for each in encodings if not _IS_REFUSED.search(each))
 
 
 def _is_format(text: str) -> bool:

@@ -37,6 +37,7 @@ from deconvd_server.access.server_tls import ServerTls
 from deconvd_server.metrics.request import (
     BadRequestError,
     Request,
+    accepted_encodings,
     accepted_formats,
     find_end,
     parse_head,
@@ -283,7 +284,7 @@ def metrics_response(request: Request, collector: Collector) -> bytes:
         "REQUEST_METHOD": "GET",
         "PATH_INFO": "/metrics",
         "HTTP_ACCEPT": accepted_formats(request.headers),
-        "HTTP_ACCEPT_ENCODING": str(request.headers.get("Accept-Encoding", "")),
+        "HTTP_ACCEPT_ENCODING": accepted_encodings(request.headers),
     }
     body = make_wsgi_app(collector)(
         environment, lambda status, headers: heads.append((status, headers))

@@ -203,7 +203,9 @@ def _serve_metrics(
         options["metrics_readers"],
     )
     listeners = listen_tcp(
-        [f"{host}:0" for host in side_hosts(addresses)], options["metrics_port"], "metrics"
+        [f"{host}:0" for host in side_hosts(addresses)],
+        options["metrics_port"],
+        "metrics (--metrics-port)",
     )
     server = MetricsServer(listeners, policy.authenticator, policy.tls, metrics.collector_for)
     stack.callback(server.stop)

@@ -157,7 +157,7 @@ def side_hosts(addresses: Iterable[str]) -> list[str]:
 def listen_tcp(
     addresses: Iterable[str],
     port: int,
-    purpose: str = "direct calls",
+    purpose: str,
     *,
     shares_port: bool = False,
 ) -> list[socket.socket]:
@@ -166,7 +166,7 @@ def listen_tcp(
     Args:
         addresses: Addresses that `bind` has returned.
         port: The port; 0 for any free port.
-        purpose: What is served there, for errors.
+        purpose: What is served there, and by which option, for errors.
         shares_port: Whether other processes of this user may have the port, too: see `reserve_port`.
 
     Raises:

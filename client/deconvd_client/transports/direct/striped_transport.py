@@ -34,9 +34,6 @@ _MIN_STRIPES_COUNT: Final = 2
 _PATIENCE_S: Final = 0.1
 """How long a call waits for connections that are being opened, before it makes do with those that are there."""
 
-_LONG_PATIENCE_S: Final = 5.0
-"""The same for a call that should be striped even if it is slower."""
-
 _MAX_OPENING_COUNT: Final = 16
 """How many connections are opened at the same time."""
 
@@ -79,15 +76,12 @@ class StripedTransport:
         begin: Callable[[], StripedAttempt],
         deadline: Deadline,
         stripes_count: int,
-        *,
-        is_preferred: bool = False,
     ) -> Answer:
         """Make a call, and return its answer. The results are in the memory of the attempt.
 
         Args:
             begin: Begins the attempt. Called once the connections are there.
             stripes_count: How many stripes to use, or fewer if there are too few connections.
-            is_preferred: Whether to wait longer for connections, and to use even a single stripe.
 
         Raises:
             NotServedDirectlyError: The call must be made in another way: there are too few connections, a stripe broke,
@@ -97,7 +91,7 @@ class StripedTransport:
             CallCancelledError: The transport was closed meanwhile.
         """
         try:
-            answer = self._call_once(begin, deadline, stripes_count, is_preferred)
+            answer = self._call_once(begin, deadline, stripes_count)
         except ExhaustedError as error:  # a stream needs less memory
             raise NotServedDirectlyError(str(error)) from None
         except (UnavailableError, UnimplementedError, OutcomeUnknownError) as error:
@@ -115,12 +109,11 @@ class StripedTransport:
         begin: Callable[[], StripedAttempt],
         deadline: Deadline,
         stripes_count: int,
-        is_preferred: bool,
     ) -> Answer:
         with self._direct.pooled_connection(deadline) as pooled:
-            patience = deadline.with_limit(_LONG_PATIENCE_S if is_preferred else _PATIENCE_S)
+            patience = deadline.with_limit(_PATIENCE_S)
             stripes = self._acquire(stripes_count, patience)
-            if len(stripes) < (1 if is_preferred else _MIN_STRIPES_COUNT):
+            if len(stripes) < _MIN_STRIPES_COUNT:
                 for stripe in stripes:
                     self._direct.take_back(stripe, None)
                 raise NotServedDirectlyError("there are too few connections for stripes")

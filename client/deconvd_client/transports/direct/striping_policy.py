@@ -64,18 +64,16 @@ class StripingPolicy:
         self._records: dict[Hashable, _Record] = {}
         self._stripes_limit = MAX_STRIPES_COUNT
 
-    def choose(self, kind: Hashable, size_bytes: int, *, is_fixed: bool = False) -> int:
+    def choose(self, kind: Hashable, size_bytes: int) -> int:
         """Return how many stripes a call should have, or `STREAM`.
 
         Args:
             kind: What is computed, from which operands.
             size_bytes: The size of the call's operands and results together.
-            is_fixed: Whether the answer must not depend on measurements: it is then the largest number that the
-                size, the processors and the server allow.
         """
         candidates = self.candidates(size_bytes)
-        if is_fixed or len(candidates) == 1:
-            return candidates[-1]
+        if len(candidates) == 1:
+            return STREAM
         return self._record_of(kind, size_bytes).choose(candidates)
 
     def record(self, kind: Hashable, size_bytes: int, choice: int, duration_s: float) -> None:

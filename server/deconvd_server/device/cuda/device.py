@@ -106,6 +106,10 @@ class CudaDevice(CardTensors):
         parts_count: How many processes share the card's memory: without a limit, this one takes nine tenths of its
             part, or of what is free if that is less.
 
+    Attributes:
+        candidates: Makes the plans that the card could use.
+        plans: The plans that it uses.
+
     Raises:
         DeviceUnavailableError: The card, its driver or cuDNN is missing or too old, or the memory limit is too small.
         OSError: The folder of plans cannot be made.
@@ -138,7 +142,7 @@ class CudaDevice(CardTensors):
                 allocate_shared=self._pool.allocate_shared,
             )
             self._lanes = self._make_lanes()
-            self._candidates = Candidates(self._cudnn, self._card.processors_count)
+            self.candidates = Candidates(self._cudnn, self._card.processors_count)
             self.plans = self._make_plan_cache(plan_store)
             kernels.compile_common_kernels(ordinal)
         self._memory_estimate = MemoryEstimate(
@@ -182,9 +186,9 @@ class CudaDevice(CardTensors):
             "processors": self._card.processors_count,
         }
         return PlanCache(
-            self._candidates,
+            self.candidates,
             Tuner(
-                self._candidates,
+                self.candidates,
                 partial(open_plan_timer, self.memory),
                 tuning_limit_s=self._limits.tuning_s,
             ),
@@ -328,7 +332,7 @@ class CudaDevice(CardTensors):
 
     def _fallback_bytes(self, product: Product, problem: Problem) -> int:
         key = self.plan_key(product, problem, Options())
-        return self._candidates.fallback(key).plan.workspace_bytes
+        return self.candidates.fallback(key).plan.workspace_bytes
 
     def _plan(
         self, product: Product, problem: Problem, options: Options, call: CallContext

@@ -11,6 +11,7 @@ from deconvd.wire.stream_parts import PendingElements
 from deconvd_server.call.context import ClientWait
 from deconvd_server.transports.direct.striped_transfer import (
     STRIPE_WAIT_S,
+    MemberState,
     StripedTransfer,
     StripeMember,
 )
@@ -37,9 +38,14 @@ class Stripe:
         self._is_cancelled = False
 
     def cancel(self) -> None:
-        """Fail the call if this stripe is not done. The connection has been shut down. Does not wait."""
+        """Fail the call if this stripe is not done. The connection has been shut down. Does not wait.
+
+        A stripe that is ENDING has written its END before the connection was shut down, or fails to: its own thread
+        tells. One that is not yet ENDING cannot write it any more.
+        """
         self._is_cancelled = True
-        if self._transfer is not None:
+        is_done = self._member.state in (MemberState.ENDING, MemberState.ENDED)
+        if self._transfer is not None and not is_done:
             self._transfer.drop(self._member)
 
     def serve(self, transfers: TransferTable, transfer_id: bytes, peer_key: str) -> None:
@@ -59,7 +65,9 @@ class Stripe:
             transfer.wait_until_receivable()
             self._receive_operands(transfer)
             self._send_results(transfer)
+            member.state = MemberState.ENDING
             self._frames.send(EndOfStream())
+            member.state = MemberState.ENDED
         except BaseException:
             transfer.drop(member)
             raise
@@ -68,7 +76,7 @@ class Stripe:
 
     def _receive_operands(self, transfer: StripedTransfer) -> None:
         frames, member = self._frames, self._member
-        member.is_transferring = True
+        member.state = MemberState.TRANSFERRING
         while not isinstance(event := frames.next_event(), EndOfStream):
             if not isinstance(event, PieceHead):
                 raise transfer.refuse("elements of a striped call must follow a PIECE frame")
@@ -82,12 +90,12 @@ class Stripe:
             for buffer in buffers:
                 frames.read_into_buffer(buffer)
             transfer.note_landed(number, count)
-        member.is_transferring = False
+        member.state = MemberState.WAITING
         transfer.end_landing()
 
     def _send_results(self, transfer: StripedTransfer) -> None:
         frames, member = self._frames, self._member
         while (piece := transfer.take_result()) is not None:
-            member.is_transferring = True
+            member.state = MemberState.TRANSFERRING
             frames.send_piece(*piece)
-            member.is_transferring = False
+            member.state = MemberState.WAITING

@@ -11,6 +11,13 @@ object, and hold it for neither I/O nor the copying of elements.
     the call's thread       receive_into, then wait_for as operands arrive; send_from, note_written, finish, end
     a stripe's thread       wait_until_open, then for each run: begin_landing and note_landed; end_landing, then
                             take_result until it returns None
+
+When has such a call succeeded? As any direct call: once all of its answer has been written to its connections, here the
+ANSWER and the END of each stripe. A client that goes after that has everything, even if the threads that have written
+do not know yet that they have. So what a client's end means is decided where its connection was written:
+
+    a member    WAITING <--> TRANSFERRING
+                   `--its END is about to be written--> ENDING --it is written--> ENDED
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext, ClientWait
 from deconvd_server.transports.direct.landing import LandingPieces, WrongRunError
 
-__all__ = ["STRIPE_WAIT_S", "StripeMember", "StripedTransfer", "TransferState"]
+__all__ = ["STRIPE_WAIT_S", "MemberState", "StripeMember", "StripedTransfer", "TransferState"]
 
 STRIPE_WAIT_S: Final = 10.0
 """How long a stripe and its call wait for each other. Clients send both at once."""
@@ -48,6 +55,22 @@ class TransferState(Enum):
     ENDED = "ended"
 
 
+class MemberState(Enum):
+    """What a stripe does."""
+
+    WAITING = "waiting"
+    """For the server."""
+
+    TRANSFERRING = "transferring"
+    """It sends or receives."""
+
+    ENDING = "ending"
+    """It sends its END. Whether the client gets it is known to the stripe's thread alone."""
+
+    ENDED = "ended"
+    """The END is written: the client has all that the stripe had for it."""
+
+
 @dataclass(slots=True, eq=False)
 class StripeMember:
     """A connection's membership in a transfer.
@@ -55,12 +78,12 @@ class StripeMember:
     Attributes:
         wait: Tells since when the connection has waited for its client.
         shutdown: Breaks the connection, from any thread and without waiting.
-        is_transferring: Whether it sends or receives, and does not wait for the server. Its thread sets it.
+        state: What the stripe does. Its thread sets it.
     """
 
     wait: ClientWait
     shutdown: Callable[[], None]
-    is_transferring: bool = False
+    state: MemberState = MemberState.WAITING
 
 
 class StripedTransfer:
@@ -92,6 +115,7 @@ class StripedTransfer:
         self._taken_count = 0  # pieces of results that stripes have taken to send
         self._run_length = 1  # how many of them are taken at once, if so many are written
         self._stripes_count = 1
+        self._ended_count = 0  # stripes of the call whose END is written
 
     # For the registry
 
@@ -134,6 +158,7 @@ class StripedTransfer:
         with self._changed:
             if self._members.pop(member, member) is None:
                 self._progressed_s = time.monotonic()
+                self._ended_count += member.state is MemberState.ENDED
                 if not self._members:  # `finish` and `end` wait for that, and for none alone
                     self._changed.notify_all()
             return self.state is TransferState.EXPECTED and not self._members
@@ -206,19 +231,21 @@ class StripedTransfer:
                 self._changed.notify_all()
 
     def finish(self) -> None:
-        """See `StripedElements`."""
+        """See `StripedElements`. If the client has gone, its stripes are broken, and what they have written decides."""
         call = self._open_call
         with self._changed:
             self._is_computed = True
             self._progressed_s = time.monotonic()
-            while self.state is TransferState.OPEN and (self._members or self._lacking_count):
-                call.check()
+            while not call.is_cancelled and (self._members or self._lacking_count):
                 self._check_stripes()
                 remaining_s = call.remaining_s()
+                if remaining_s == 0:
+                    call.check()
                 self._changed.wait(
                     STRIPE_WAIT_S if remaining_s is None else min(remaining_s, STRIPE_WAIT_S)
                 )
-            if self.state is not TransferState.OPEN:
+            self._changed.wait_for(lambda: not self._members)
+            if self._ended_count < self._stripes_count:
                 call.check()
 
     def end(self) -> None:
@@ -248,7 +275,9 @@ class StripedTransfer:
                 or (self._has_landed() and not self._is_computed)
             ):
                 return math.inf
-            waits = [m.wait.blocked_since_s for m in self._members if m.is_transferring]
+            waits = [
+                m.wait.blocked_since_s for m in self._members if m.state is MemberState.TRANSFERRING
+            ]
             return max([self._progressed_s, *waits])
 
     # For stripes

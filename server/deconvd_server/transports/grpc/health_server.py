@@ -59,7 +59,11 @@ class HealthServer:
         )
         self.addresses: list[str] = []
         for host in side_hosts(addresses):
-            self.addresses.append(bind(self._server, f"{host}:{port}"))
+            try:
+                self.addresses.append(bind(self._server, f"{host}:{port}"))
+            except OSError as error:
+                error.strerror = f"health alone (--health-port): {error.strerror}"
+                raise
             port = int(self.addresses[-1].rpartition(":")[2])  # the others must have the same
         self._server.start()
 

@@ -87,7 +87,7 @@ class CallKind:
         bound_to: Hashable = None,
         addresses: HostAddresses = _NO_ADDRESSES,
     ) -> None:
-        """Enqueue work on a stream: as a graph, once it comes again.
+        """Enqueue work on a stream: as a graph, once that pays. See `GraphCache`.
 
         Args:
             work: Enqueues the work: the same each time for the same `bound_to`.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from enum import Enum, auto
 from typing import Final, Generic, TypeVar
 
 __all__ = ["GraphCache"]
 
 _T = TypeVar("_T")
 
-_WARM_RUNS: Final = 1
-"""Runs of the same work before it is captured: for work that comes once, a capture does not pay off."""
+_CAPTURE_S: Final = 2e-3
+"""About what a capture costs the host, with what makes the graph ready for launches: 1 to 2 ms on an H100's host.
+
+Once as much has been spent to enqueue some work again and again, its capture costs at most as much as it would have
+saved. So shapes that come a few times are not captured, and work that is slow to enqueue is captured at once.
+"""
 
 _MAX_GRAPHS_COUNT: Final = 32
 """Graphs that are kept for one kind of call, and again for its parts. Its calls use a few blocks of the card in turn.
@@ -25,13 +31,17 @@ _UNUSED_RUNS: Final = 32 * _MAX_GRAPHS_COUNT
 
 
 class GraphCache(Generic[_T]):
-    """Graphs of work that differs only in the addresses that it is bound to. Work that comes again is captured.
+    """Graphs of work that differs only in the addresses that it is bound to. Work that comes often is captured.
 
     If there are more addresses than graphs can be kept for, some have graphs and the others have none. A capture
     costs as much as many runs without a graph, so a graph in use is not evicted for work that may never come again.
+
+    Args:
+        clock: Returns seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._runs_count = 0
         self._entries: OrderedDict[Hashable, _GraphEntry[_T]] = OrderedDict()
 
@@ -56,11 +66,20 @@ class GraphCache(Generic[_T]):
             work()
             return
         entry.last_run = self._runs_count
-        entry.runs_count += 1
-        if entry.runs_count == _WARM_RUNS + 1:  # once alone: a capture that failed would fail again
+        if entry.state is _CaptureState.PLAIN and entry.enqueued_s >= _CAPTURE_S:
+            entry.state = _CaptureState.TRIED  # once alone: a capture that failed would fail again
             entry.graph = capture()
         if entry.graph is None or not replay(entry.graph):
-            work()
+            self._enqueue(entry, work)
+
+    def _enqueue(self, entry: _GraphEntry[_T], work: Callable[[], None]) -> None:
+        """Do the work without a graph, and note how long that took."""
+        begin_s = self._clock()
+        work()
+        if entry.state is _CaptureState.NEW:  # what is loaded at first use took most of the time
+            entry.state = _CaptureState.PLAIN
+        else:
+            entry.enqueued_s += self._clock() - begin_s
 
     def _find_entry(self, bound_to: Hashable) -> _GraphEntry[_T] | None:
         """Return the entry of some addresses, a new one if need be; None if there is no room for a new one."""
@@ -81,10 +100,19 @@ class GraphCache(Generic[_T]):
         return True
 
 
+class _CaptureState(Enum):
+    """State of work: NEW before its first run, then PLAIN, and TRIED from the attempt to capture it on."""
+
+    NEW = auto()
+    PLAIN = auto()
+    TRIED = auto()
+
+
 class _GraphEntry(Generic[_T]):
-    """Work that came with some addresses, and its graph once it has one."""
+    """Work that came with some addresses, how long it took to enqueue, and its graph once it has one."""
 
     def __init__(self) -> None:
-        self.runs_count = 0
+        self.state = _CaptureState.NEW
+        self.enqueued_s = 0.0
         self.last_run = 0
         self.graph: _T | None = None

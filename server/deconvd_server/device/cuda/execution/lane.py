@@ -62,9 +62,9 @@ class Lane:
         large                       pipeline    in parts or steps that overlap, if the card reaches its arrays
                                     staged      through a ring of pinned buffers
 
-    A small call uses the arena, which never moves. So the whole call, copies included, is captured as a CUDA graph the
-    second time its kind is seen; in a direct call the graph holds the work alone. A large call gets a block of its own.
-    Tensors on the card are used where they are, and do not count for the size.
+    A small call uses the arena, which never moves. So the whole call, copies included, is captured as a CUDA graph once
+    its kind has come often enough; in a direct call the graph holds the work alone. A large call gets a block of its
+    own. Tensors on the card are used where they are, and do not count for the size.
 
     Args:
         device_id: The device whose tensors calls may use.

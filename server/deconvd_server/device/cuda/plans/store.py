@@ -1,4 +1,8 @@
-"""The choices on disk, one file each. A restarted server need not make them again."""
+"""The choices on disk, one file each. A restarted server need not make them again.
+
+FOLDER/3f/3f62….json    a choice, by the digest of all that it depends on
+FOLDER/journals         see `Quarantine`
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,10 @@ log = logging.getLogger(__name__)
 _SCHEMA = 1
 """Version of a file's format, counted up whenever that or the meaning of a choice changes."""
 
-_PLANS_COUNT = 1 << 16
-"""The most files in a folder, of some 3 KB each. A client can make the server choose a new plan with each call."""
+_SHARD_PLANS_COUNT = 256
+"""The most files in each of the 256 folders, of some 3 KB each: 200 MB in all. A client can make the server choose a
+new plan with each call.
+"""
 
 _JOURNALS = "journals"
 """Name of the folder, inside, where servers note the searches that they start."""
@@ -34,8 +40,11 @@ class PlanStore:
 
     A file that is damaged, or whose content does not fit its name, is ignored with a warning. A file of another card or
     version has another name and is never read. The folder is trusted: anyone who can write to it decides which plans
-    run. A full folder takes no new choices, and evicts none: a client with ever new shapes must not push out the
-    others'.
+    run.
+
+    Files are in 256 folders, by the beginnings of their names, which are digests and so spread evenly. A full folder
+    takes no new choices, and evicts none: a client with ever new shapes must not push out the others'. A folder's files
+    are counted when the first choice is saved there, so a store of any size is opened at once.
 
     Args:
         folder: Made if it does not exist.
@@ -53,10 +62,10 @@ class PlanStore:
         self._folder = folder
         self._origin = dict(origin)
         self._lock = threading.Lock()
-        self._is_full = False
+        self._counts: dict[Path, int] = {}
+        self._has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
         libraries = {name: value for name, value in origin.items() if name != "deconvd"}
-        self._count = sum(1 for _ in folder.glob("*.json"))
         self.quarantine = Quarantine(folder / _JOURNALS, libraries)
 
     def load(self, key: PlanKey) -> Choice | None:
@@ -72,36 +81,43 @@ class PlanStore:
 
     def save(self, key: PlanKey, choice: Choice) -> None:
         """Store a choice. A failure is only logged: the choice is then made again after a restart."""
-        if not self._has_room():
-            return
+        path = self._path(key)
         content = {
             "identity": self._identity(key),
             "choice": choice.fields(),
             "checksum": digest_of(choice.fields()),
         }
         try:
-            self._replace(self._path(key), json.dumps(content, indent=1).encode())
+            path.parent.mkdir(exist_ok=True)
+            if self._has_room(path.parent):
+                _replace(path, json.dumps(content, indent=1).encode())
         except OSError as error:
-            log.warning("could not store the plan %s: %s", self._path(key), error)
+            log.warning("could not store the plan %s: %s", path, error)
 
-    def _has_room(self) -> bool:
-        """Count one more plan if there is room for it; else log once that there is not."""
+    def _has_room(self, shard: Path) -> bool:
+        """Count one more plan of a folder if there is room for it; else log once that there is not."""
         with self._lock:
-            was_full, self._is_full = self._is_full, self._count >= _PLANS_COUNT
-            self._count += not self._is_full
-        if self._is_full and not was_full:
+            if shard not in self._counts:
+                self._counts[shard] = sum(name.endswith(".json") for name in os.listdir(shard))
+            has_room = self._counts[shard] < _SHARD_PLANS_COUNT
+            self._counts[shard] += has_room
+            is_news = not (has_room or self._has_warned)
+            self._has_warned |= is_news
+        if is_news:
             log.warning(
-                "%s holds %d plans, which is the limit: new ones are not stored. Delete the folder to start over",
+                "%s holds %d plans, which is the limit: new ones are not stored. Delete %s to start over",
+                shard,
+                _SHARD_PLANS_COUNT,
                 self._folder,
-                _PLANS_COUNT,
             )
-        return not self._is_full
+        return has_room
 
     def _identity(self, key: PlanKey) -> dict[str, Any]:
         return {"schema": _SCHEMA, "origin": self._origin, "key": key.fields()}
 
     def _path(self, key: PlanKey) -> Path:
-        return self._folder / f"{digest_of(self._identity(key))}.json"
+        digest = digest_of(self._identity(key))
+        return self._folder / digest[:2] / f"{digest}.json"
 
     def _parse(self, text: bytes, key: PlanKey) -> Choice:
         content = json.loads(text)
@@ -113,13 +129,14 @@ class PlanStore:
             raise ValueError("its checksum is wrong")
         return Choice.from_fields(content["choice"])
 
-    def _replace(self, path: Path, content: bytes) -> None:
-        # Written under another name first: a reader never sees half a file.
-        number, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(content)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+
+def _replace(path: Path, content: bytes) -> None:
+    # Written under another name first: a reader never sees half a file.
+    number, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
