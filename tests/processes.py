@@ -153,9 +153,16 @@ def exit_code(work: Callable[[], bool]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come true soon."""
-    deadline_s = time.monotonic() + _TIMEOUT_S
+def wait_until(
+    condition: Callable[[], bool], *, timeout_s: float = _TIMEOUT_S, pause_s: float = _SAMPLE_S
+) -> None:
+    """Wait for what must come true soon.
+
+    Args:
+        timeout_s: How long at most, in seconds.
+        pause_s: How long to wait before it is looked at again: what takes much to look at should not be in the way.
+    """
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(_SAMPLE_S)
+        time.sleep(pause_s)

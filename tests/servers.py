@@ -19,6 +19,7 @@ from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, UnavailableError
 from deconvd_client.server import Server
+from deconvd_client.workers.host import Host
 from tests.processes import wait_until
 
 __all__ = [
@@ -213,8 +214,8 @@ def _has_stopped(pid: int) -> bool:
 
 def only_server(F: Connection) -> Server:
     """Return the client's side of the server of a connection that has only one."""
-    assert isinstance(F._server, Server)
-    return F._server
+    assert isinstance(F._server, Host)
+    return F._server.entry
 
 
 def call_until_served(F: Connection, x: Array, W: Array) -> Array:

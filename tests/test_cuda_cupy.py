@@ -323,7 +323,7 @@ import deconvd_client
 F = deconvd_client.connect(sys.argv[1])
 x = cupy.ones((4, 8, 16, 16), np.float32)
 y = F.deconvolution_2d(x, cupy.ones((8, 4, 4, 4), np.float32))
-borrower, = F._server._card_dispatcher._borrowers.values()
+borrower, = F._server.entry._card_dispatcher._borrowers.values()
 print(borrower.locate(y) is not None, borrower.borrowed_bytes, flush=True)
 input()
 """

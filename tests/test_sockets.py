@@ -287,7 +287,7 @@ with deconvd_client.connect(target, timeout_s=20, fail_fast=True) as F:
         y, pullback = F.vjp(x, there)
         pullback(y)
         F.remote.deconvolution_2d(x, there).numpy()
-        print(F.health(), F._server.route.target_stub.is_direct, F._server.borrower.borrowed_bytes > 0)
+        S = F._server.entry; print(F.health(), S.route.target_stub.is_direct, S.borrower.borrowed_bytes > 0)
     except deconvd_client.UnavailableError as error:
         print("refused", error)
 """

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from urllib.request import urlopen
@@ -255,8 +256,8 @@ def test_ctrl_c_ends_it_and_a_second_one_cuts_calls_short(socket_directory: Path
         with deconvd_client.connect(server.target, fail_fast=True) as F:
             caller = Thread(target=_call_in_vain, args=(F,))
             caller.start()
-            with deconvd_client.connect(server.target) as G:
-                wait_until(lambda: G.server_info().devices[0].running_calls_count > 0)
+            infos = [partial(ask, own_targets(worker)[0]) for worker in workers_of(server)]
+            wait_until(lambda: any(info().devices[0].running_calls_count for info in infos))
             server.process.send_signal(signal.SIGINT)
             wait_until(lambda: "draining" in server.log.read_text())
             time.sleep(0.5)

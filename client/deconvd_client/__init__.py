@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from deconvd_client.pullback import Pullback
     from deconvd_client.remote import Remote
     from deconvd_client.residents import RemoteGradients, RemoteTensor
-    from deconvd_client.server_info import DeviceDescription, ServerInfo
+    from deconvd_client.server_info import DeviceDescription, ServerInfo, WorkerDescription
     from deconvd_client.shapes import output_shape
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "WorkerDescription",
     "__version__",
     "connect",
     "local",
@@ -87,6 +88,7 @@ _MODULES: Final = {
     "RemoteTensor": "deconvd_client.residents",
     "ServerInfo": "deconvd_client.server_info",
     "Tls": "deconvd_client.credentials",
+    "WorkerDescription": "deconvd_client.server_info",
     "connect": "deconvd_client.connector",
     "local": "deconvd_client.local_server",
     "output_shape": "deconvd_client.shapes",

@@ -43,6 +43,7 @@ from deconvd_client.server_info import ServerInfo
 from deconvd_client.server_set.server_set import ServerSet
 from deconvd_client.transports.route import TransportName
 from deconvd_client.transports.targets import is_of_one_server, parse_targets, proxy_of
+from deconvd_client.workers.host import Host
 
 __all__ = ["Connection"]
 
@@ -56,7 +57,8 @@ class Connection(Operations):
     Several threads can use one connection. As a context manager it closes itself.
 
     It can be a connection to several servers. Then a call is made at one of them, and at another one if that fails, and
-    a large batch is split over all of them. A RemoteTensor is on one of them. See docs/several-servers.md.
+    a large batch is split over all of them. A RemoteTensor is on one of them. A server with several processes is found
+    to have them: calls are spread over these, too. See docs/several-servers.md.
 
     Every call can raise these errors, in addition to those that its own description lists:
 
@@ -113,9 +115,16 @@ class Connection(Operations):
             timeout_s=timeout_s,
             fail_fast=self._fail_fast,
         )
-        server: Server | ServerSet
+        server: Host | ServerSet
         if len(targets) == 1 and is_of_one_server(targets[0]):
-            server = open_server(targets[0], credentials=credentials[targets[0]])
+            server = Host(
+                targets[0],
+                credentials[targets[0]],
+                self._transport,
+                open_server,
+                timeout_s=timeout_s,
+                fail_fast=self._fail_fast,
+            )
         else:
             server = ServerSet(
                 targets,
@@ -125,7 +134,7 @@ class Connection(Operations):
                 fail_fast=self._fail_fast,
             )
         super().__init__(server)
-        self._server: Server | ServerSet = server
+        self._server: Host | ServerSet = server
         self._remote = Remote(self._operations, server)
         self._pool = CallPool(self._max_concurrent_calls, timeout_s, server.clear_last_ledger)
 
@@ -169,7 +178,8 @@ class Connection(Operations):
         """Return a new array in memory that is shared with the server, like ``numpy.empty``.
 
         On the server's host, a call that is given such an array need not copy it. If the server lends no memory, or has
-        reached its limit, the result is an ordinary array. The elements are arbitrary.
+        reached its limit, the result is an ordinary array. The elements are arbitrary. Of a server with several
+        processes, the one that this thread keeps to lends the memory, and serves the calls with it.
 
         Args:
             shape: The size of each dimension: an int, or a sequence of ints.
@@ -214,7 +224,8 @@ class Connection(Operations):
     def server_info(self) -> ServerInfo:
         """Return the server's version, devices, caches and limits, and what it has done since it started.
 
-        Of several servers, it is one of them.
+        Of several servers, it is one of them. Of a server with several processes, it is the one that this client keeps
+        to, and `workers` has all of them.
 
         The counts of tensors that the server keeps include only those of this connection, and of connections with
         the same ``tenant_key``.
@@ -224,7 +235,8 @@ class Connection(Operations):
     def health(self) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING``, or another status of gRPC's health protocol.
 
-        The server is asked once, without retries. Of several servers, it is ``SERVING`` if one is.
+        The server is asked once, without retries. Of several servers, or processes of a server, it is ``SERVING`` if
+        one is.
         """
         return self._server.health()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +12,7 @@ from deconvd.direct.events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.host.buffer_pool import BufferPool
 from deconvd.host.forks import new_lock
 from deconvd.model.dtypes import Array, DType
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_options import unix_path
 from deconvd.wire.ledger import parse_ledger
 from deconvd_client.calls.deadline import Deadline
@@ -80,6 +81,7 @@ class Server:
             moment.
         retries: Retries its calls; None for what `fail_fast` says.
         ledgers: Records the ledgers of its calls; None if it is alone.
+        note_info: Called with each GetServerInfo response of it; None if nobody needs to know.
 
     Attributes:
         route: Leads to the server.
@@ -102,6 +104,7 @@ class Server:
         discovery_s: float | None = None,
         retries: RetryPolicy | None = None,
         ledgers: LedgerRecorder | None = None,
+        note_info: Callable[[pb.GetServerInfoResponse], None] | None = None,
     ) -> None:
         self._timeout_s = timeout_s
         self._transport = transport
@@ -110,7 +113,9 @@ class Server:
         patience_s = _DISCOVERY_PATIENCE_S if discovery_s is None else discovery_s
         patience = Patience() if unix_path(target) else Patience(patience_s)
         owners = any_owner if credentials.is_empty else partial(trusted_owners, unix_path(target))
-        open_stub = partial(_open_stub, transport, max_message_bytes, patience, credentials, owners)
+        open_stub = partial(
+            _open_stub, transport, max_message_bytes, patience, credentials, owners, note_info
+        )
         retries = retries or RetryPolicy(fail_fast=fail_fast)
         self.route: Route = Route(open_stub, target, transport, retries, patience, owners)
         self._find_memory = partial(_find_memory_socket, self.route.target_stub, owners)
@@ -192,6 +197,25 @@ class Server:
         """Forget the ledger of this thread's last call."""
         self.ledgers.forget_last()
 
+    @property
+    def direct_connections_count(self) -> int:
+        """How many direct connections there are now, in use or not."""
+        stub = self.route.current_stub
+        return 0 if stub is None or stub.direct is None else stub.direct.connections_count
+
+    def open_direct_connection(self) -> None:
+        """Open one more direct connection for later calls, if that is possible."""
+        stub = self.route.current_stub
+        if stub is not None and stub.direct is not None:
+            stub.direct.open_idle()
+
+    def release_idle(self) -> None:
+        """Close the direct connections that no call uses, and give back the memory that no array uses."""
+        stub = self.route.current_stub
+        if stub is not None and stub.direct is not None:
+            stub.direct.close_idle()
+        self.borrower.give_back_unused(Deadline(_CLOSE_TIMEOUT_S))
+
     def close(self) -> None:
         """Close all connections, within a second. Calls under way, and later ones, raise CallCancelledError."""
         self._is_closed = True
@@ -239,6 +263,7 @@ def _open_stub(
     patience: Patience,
     credentials: Credentials,
     owners: Owners,
+    note_info: Callable[[pb.GetServerInfoResponse], None] | None,
     target: str,
 ) -> Stub:
     """Return the stub of a target; nothing is sent yet."""
@@ -255,7 +280,7 @@ def _open_stub(
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
     connector = connector_for(target, credentials, owners) if is_direct else None
     grpc = GrpcTransport(rpcs, ErrorHints(target, proxy, credentials))
-    return Stub(target, grpc, connector, Patience() if is_near else patience)
+    return Stub(target, grpc, connector, Patience() if is_near else patience, note_info)
 
 
 def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:

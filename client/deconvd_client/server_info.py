@@ -9,7 +9,7 @@ from deconvd.wire.cache_state import CacheState
 from deconvd.wire.server_counts import ServerCounts
 from deconvd.wire.tensor import element_type_from_number
 
-__all__ = ["DeviceDescription", "ServerInfo"]
+__all__ = ["DeviceDescription", "ServerInfo", "WorkerDescription"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,34 @@ class DeviceDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerDescription:
+    """One of the processes of a server that has several.
+
+    Attributes:
+        name: Its number, from ``0`` on.
+        devices: The ids of its devices, as in `DeviceDescription`.
+        is_serving: Whether it serves, as the process knows that was asked.
+        active_connections_count: How many of its direct connections have carried a call in the last two seconds, as of
+            a second ago.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    is_serving: bool
+    active_connections_count: int
+
+    @classmethod
+    def from_message(cls, message: pb.Worker) -> WorkerDescription:
+        """Return the description in a message."""
+        return cls(
+            message.name,
+            tuple(message.devices),
+            message.is_serving,
+            message.active_connections_count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server tells about itself.
 
@@ -65,6 +93,9 @@ class ServerInfo:
         instance_id: Another one after each start of the server.
         counts: What it has done, and what it has in use; None if it is too old to count. To a client with a token or a
             certificate it counts the calls of that client's identity alone.
+        worker_name: If the server has several processes, the name of the one that all of this is about, except
+            `workers`; else empty.
+        workers: The processes of a server that has several; else empty.
     """
 
     version: str
@@ -75,6 +106,8 @@ class ServerInfo:
     direct_port: int
     instance_id: str = ""
     counts: ServerCounts | None = None
+    worker_name: str = ""
+    workers: tuple[WorkerDescription, ...] = ()
 
     @classmethod
     def from_message(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -91,4 +124,6 @@ class ServerInfo:
             counts=(
                 ServerCounts.from_message(message.counts) if message.HasField("counts") else None
             ),
+            worker_name=message.worker_name,
+            workers=tuple(map(WorkerDescription.from_message, message.workers)),
         )

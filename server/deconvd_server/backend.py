@@ -148,6 +148,7 @@ class Backend:
             self.lender,
             self._endpoints,
             self.counts,
+            lambda: self.active_connections_count,
             max_message_bytes=settings.max_message_bytes,
             streams=self.stream_admission,
             executor=self._slices,
@@ -172,7 +173,13 @@ class Backend:
             unix_sockets=self._endpoints.unix_sockets,
             devices=[engine.info.id for engine in self.engines],
             instance_id=self._endpoints.instance_id,
+            active_connections_count=self.active_connections_count,
         )
+
+    @property
+    def active_connections_count(self) -> int:
+        """How many direct connections have a call under way, or had one a moment ago."""
+        return 0 if self._direct is None else self._direct.active_connections_count
 
     def counts(self, identity: str) -> ServerCounts:
         """Return what the server has done for an identity, or for all if it is empty, and what it has in use now."""

@@ -15,7 +15,7 @@ from deconvd_client.cli.formats import format_bytes, format_duration, format_par
 from deconvd_client.cli.load_rates import quantile_us
 from deconvd_client.cli.options import report_errors, target_option, timeout_option
 from deconvd_client.connector import connect
-from deconvd_client.server_info import DeviceDescription, ServerInfo
+from deconvd_client.server_info import DeviceDescription, ServerInfo, WorkerDescription
 from deconvd_client.transports.targets import parse_targets
 
 __all__ = ["status"]
@@ -33,7 +33,8 @@ def status(as_json: bool, target: str, timeout_s: float) -> None:
     What is counted is counted since the server started: the calls of your token or certificate, or of all clients if
     you have neither. deconvd top shows the same as rates.
 
-    With several servers and --json, each has a line.
+    With several servers and --json, each has a line. Of a server with several processes, all are listed, and one is
+    shown.
 
     Exit codes: 0 if all of them serve, 1 if one does not serve or cannot be reached, 2 if an option is wrong.
     """
@@ -72,6 +73,7 @@ def _format_json(target: str, health: str, info: ServerInfo | None, indent: int 
 def _format_text(target: str, health: str, info: ServerInfo | None) -> str:
     lines = [f"{target}: {health}"]
     if info is not None:
+        lines += [_worker_line(worker, info) for worker in info.workers]
         lines.append(f"  deconvd {info.version}, messages up to {info.max_message_bytes} bytes")
         lines.append(f"  element types: {', '.join(info.element_types)}")
         if info.direct_port:
@@ -81,6 +83,15 @@ def _format_text(target: str, health: str, info: ServerInfo | None) -> str:
         if info.counts is not None:
             lines += _counts_lines(info.counts)
     return "\n".join(lines)
+
+
+def _worker_line(worker: WorkerDescription, info: ServerInfo) -> str:
+    serving = "serves" if worker.is_serving else "does not serve"
+    shown = "; shown below" if worker.name == info.worker_name else ""
+    return (
+        f"  worker {worker.name} ({', '.join(worker.devices)}) {serving}, active direct connections: "
+        f"{worker.active_connections_count}{shown}"
+    )
 
 
 def _counts_lines(counts: ServerCounts) -> list[str]:

@@ -20,11 +20,11 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.ledgers import LedgerRecorder
 from deconvd_client.server import Server
 from deconvd_client.server_set.balancer import Balancer, Member, Preference, RunningAttempt
-from deconvd_client.server_set.membership import Membership
+from deconvd_client.server_set.member_source import MemberSource
 from deconvd_client.server_set.monitor import Monitor
 from deconvd_client.transports.retry_policy import RetryPolicy
 
-__all__ = ["AttemptRunner"]
+__all__ = ["AttemptRunner", "Search"]
 
 _T = TypeVar("_T")
 
@@ -42,7 +42,7 @@ _Work: TypeAlias = Callable[[Server, Deadline], _T]
 
 
 @dataclass(eq=False, slots=True)
-class _Search(Generic[_T]):
+class Search(Generic[_T]):
     """The search for a server that serves one call.
 
     Attributes:
@@ -62,6 +62,12 @@ class _Search(Generic[_T]):
     patience: float = 1.0
     vain: list[Member[Server]] = field(default_factory=list)
     failures: list[DeconvdError] = field(default_factory=list)
+
+    def begin_round(self) -> list[DeconvdError]:
+        """Return what the servers said in this round, and let the next one try all of them again."""
+        failures, self.failures = self.failures, []
+        self.vain.clear()
+        return failures
 
 
 class AttemptRunner:
@@ -83,7 +89,7 @@ class AttemptRunner:
     def __init__(
         self,
         balancer: Balancer[Server],
-        membership: Membership,
+        membership: MemberSource,
         monitor: Monitor,
         retries: RetryPolicy,
         name_retries: RetryPolicy,
@@ -115,8 +121,16 @@ class AttemptRunner:
         Raises:
             DeconvdError: What the last round of attempts raised.
         """
-        search = _Search(work, preference, size_bytes, deadline)
-        return self._retries.run(lambda: self._try_members(search), deadline)
+        return self.resume(Search(work, preference, size_bytes, deadline))
+
+    def resume(self, search: Search[_T]) -> _T:
+        """Return what the work of a search returns at the first server that serves it, as `run` does."""
+        return self._retries.run(lambda: self._try_members(search), search.deadline)
+
+    def note_error(self, search: Search[_T], member: Member[Server], error: DeconvdError) -> bool:
+        """Note that the work of a search has raised an error at a member. Return whether to try it at others."""
+        attempt = RunningAttempt(search.deadline.scope or CancelScope(), search.size_bytes, 1.0)
+        return self._note_error(search, member, attempt, error)
 
     def wait_for_members(self, deadline: Deadline) -> None:
         """Return once there are members. Names that are not found are looked up again, as calls are made again.
@@ -133,37 +147,33 @@ class AttemptRunner:
         self._name_retries.stop()
         self._retries.stop()
 
-    def _try_members(self, search: _Search[_T]) -> _T:
+    def _try_members(self, search: Search[_T]) -> _T:
         """Try every member that gets calls, once."""
         if self._is_closed:
             raise CallCancelledError("the connection is closed")
         search.deadline.check_cancelled()
         self._membership.wait_for_names(search.deadline)
-        search.vain.clear()
-        search.failures.clear()
         while True:
             attempt = RunningAttempt(CancelScope(), search.size_bytes, search.patience)
             preference = search.preference()
             member = self._balancer.begin(preference, attempt, search.vain)
             if member is None:
-                raise self._conclude(search.failures, preference)
+                failures = search.begin_round()
+                raise self._conclude(failures, preference)
             try:
                 return self._try_member(member, attempt, search)
             except DeconvdError as error:
-                failure = self._judge(member, attempt, search, error)
-                if failure is None:
+                if not self._note_error(search, member, attempt, error):
                     raise
-                # without the frames, which refer to the caller's arrays
-                search.failures.append(failure.with_traceback(None))
-                search.vain.append(member)
             finally:
                 self._balancer.end(member, attempt)
 
     def _try_member(
-        self, member: Member[Server], attempt: RunningAttempt, search: _Search[_T]
+        self, member: Member[Server], attempt: RunningAttempt, search: Search[_T]
     ) -> _T:
         self._monitor.note_call()
         limit = search.deadline.with_limit(search.deadline.remaining_s())
+        limit.timeout_s = search.deadline.timeout_s  # as messages name it
         limit.scope = attempt.scope
         with abort_on_cancel(search.deadline.scope, attempt.scope.cancel):
             returned = search.work(member.server, limit)
@@ -171,11 +181,26 @@ class AttemptRunner:
         self._balancer.note_answer(member, queue_us / 1e6)
         return returned
 
+    def _note_error(
+        self,
+        search: Search[_T],
+        member: Member[Server],
+        attempt: RunningAttempt,
+        error: DeconvdError,
+    ) -> bool:
+        failure = None if member.is_spare else self._judge(member, attempt, search, error)
+        if failure is None:
+            return False
+        # without the frames, which refer to the caller's arrays
+        search.failures.append(failure.with_traceback(None))
+        search.vain.append(member)
+        return True
+
     def _judge(
         self,
         member: Member[Server],
         attempt: RunningAttempt,
-        search: _Search[_T],
+        search: Search[_T],
         error: DeconvdError,
     ) -> DeconvdError | None:
         """Note an error of a member; return what to remember of it if the next is to be tried, else None."""

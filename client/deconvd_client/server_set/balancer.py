@@ -15,6 +15,7 @@ from typing import Final, Generic, TypeVar
 from deconvd.errors import UnavailableError
 from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd_client.calls.cancel_scope import CancelScope
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.transports.backoff import Backoff
 
 __all__ = ["Balancer", "Member", "MemberState", "Preference", "RunningAttempt"]
@@ -88,6 +89,8 @@ class Member(Generic[_S]):
     Attributes:
         identity: What rendezvous hashing hashes. All clients must use the same for a server.
         server: The server itself, which only the owner of the balancer looks into.
+        is_spare: Whether it gets only calls that no other takes. It is never OUT: it waits for a server by itself.
+        quick_calls: The calls that run there without an attempt, by their deadlines. Their owner adds and removes them.
         attempts: The calls that it has been given, and has not answered.
         error: Why it is OUT.
         sign_s: When it last gave a sign of life, on the monotonic clock.
@@ -96,7 +99,9 @@ class Member(Generic[_S]):
 
     identity: bytes
     server: _S
+    is_spare: bool = False
     state: MemberState = MemberState.SERVING
+    quick_calls: set[Deadline] = field(default_factory=set)
     attempts: set[RunningAttempt] = field(default_factory=set)
     error: UnavailableError | None = None
     sign_s: float = -math.inf
@@ -122,7 +127,13 @@ class Member(Generic[_S]):
     def expected_wait_s(self) -> float:
         """How long a call would have to wait there, by what this client knows."""
         age_s = time.monotonic() - self._queue_time_s
-        return self._running_s + self._queue_s * math.exp2(-age_s / _QUEUE_HALF_LIFE_S)
+        running_s = self._running_s + len(self.quick_calls) * _CALL_COST_S
+        return running_s + self._queue_s * math.exp2(-age_s / _QUEUE_HALF_LIFE_S)
+
+    @property
+    def is_pausing(self) -> bool:
+        """Whether it has asked for a pause that is not over."""
+        return self._busy_until_s > time.monotonic()
 
     def rank_for(self, key: bytes) -> bytes:
         """Return its rank for a key: the member with the largest has what belongs to the key."""
@@ -170,6 +181,7 @@ class Balancer(Generic[_S]):
         for member in self._members.values():
             member.attempts.clear()
             member._running_s = 0.0
+            member.quick_calls.clear()
 
     @property
     def members(self) -> tuple[Member[_S], ...]:
@@ -249,6 +261,8 @@ class Balancer(Generic[_S]):
     def note_failure(self, member: Member[_S], error: UnavailableError) -> None:
         """Take a member out: it cannot be reached, is silent, or drains."""
         with self._lock:
+            if member.is_spare:
+                return
             if member.state is MemberState.SERVING:
                 member.state, member.error = MemberState.OUT, error
             member._pause.note_failure()
@@ -284,7 +298,7 @@ class Balancer(Generic[_S]):
         """
         with self._lock:
             if member.state is MemberState.SERVING:
-                if all(other is member for other in self._serving):
+                if member.is_spare or all(other is member for other in self._serving):
                     return []
                 member.state, member.error = MemberState.OUT, error
             member._pause.note_failure()
@@ -308,6 +322,7 @@ class Balancer(Generic[_S]):
             if holder.state is MemberState.SERVING:
                 return holder
         candidates = [member for member in self._serving if member not in vain]
+        candidates = [member for member in candidates if not member.is_spare] or candidates
         now_s = time.monotonic()
         ready = [member for member in candidates if member._busy_until_s <= now_s]
         if not ready:

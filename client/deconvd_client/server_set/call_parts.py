@@ -15,7 +15,7 @@ from deconvd.model.problem import TensorSpec, problem_of
 from deconvd.wire.tensor import message_from_spec
 from deconvd_client.residents import Call, Resident
 
-__all__ = ["CallPart", "ResultJoiner", "split_call", "widen_sums"]
+__all__ = ["CallPart", "ResultJoiner", "call_size_bytes", "split_call", "widen_sums"]
 
 _MIN_PART_BYTES: Final = 8 << 20
 """The least size of a part's samples, operands and results together. What is smaller is faster in one piece."""
@@ -37,6 +37,14 @@ class CallPart:
     number: int
     samples: slice
     call: Call
+
+
+def call_size_bytes(call: Call) -> int:
+    """Return the size of all tensors of a call."""
+    size_bytes = sum(spec.nbytes for spec in call.results.values())
+    for operand in call.operands.values():
+        size_bytes += (operand.spec if isinstance(operand, Resident) else operand).nbytes
+    return size_bytes
 
 
 def split_call(call: Call, servers_count: int) -> list[CallPart]:

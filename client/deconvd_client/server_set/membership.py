@@ -113,6 +113,10 @@ class Membership:
         """Have the names looked up soon: a server fails, and may be somewhere else now."""
         self._has_failure = True
 
+    def probe(self, member: Member[Server], deadline: Deadline) -> str:
+        """Return the health of a member."""
+        return member.server.route.health(deadline)
+
     @property
     def next_lookup_s(self) -> float:
         """In how many seconds the names should be looked up; infinite if there are none."""

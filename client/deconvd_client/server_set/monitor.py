@@ -14,7 +14,7 @@ from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.server import Server
 from deconvd_client.server_set.background_loop import BackgroundLoop
 from deconvd_client.server_set.balancer import Balancer, Member, MemberState
-from deconvd_client.server_set.membership import Membership
+from deconvd_client.server_set.member_source import MemberSource
 
 __all__ = ["Monitor"]
 
@@ -49,9 +49,13 @@ class Monitor:
         it is RETIRED                                  probed now and then; closed once it is gone
 
     A server that answers is not probed, and where no calls are made nothing is sent.
+
+    Args:
+        balancer: Has the members.
+        membership: Says which members there are, and how they are probed.
     """
 
-    def __init__(self, balancer: Balancer[Server], membership: Membership) -> None:
+    def __init__(self, balancer: Balancer[Server], membership: MemberSource) -> None:
         self._balancer = balancer
         self._membership = membership
         self._loop = BackgroundLoop(self._look)
@@ -141,7 +145,7 @@ class Monitor:
         name = member.identity.decode()
         was_out = member.state is MemberState.OUT
         try:
-            health = member.server.route.health(Deadline(_PROBE_TIMEOUT_S * patience))
+            health = self._membership.probe(member, Deadline(_PROBE_TIMEOUT_S * patience))
         except DeadlineError:
             self._note_silence(member, UnavailableError(f"the server at {name} does not answer"))
         except UnavailableError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from deconvd.model.dtypes import Array
@@ -26,21 +26,33 @@ class SpreadResidents:
         balancer: Knows the servers.
         runner: Runs calls there.
         timeout_s: How long each call may take, in seconds.
+        first_home: Returns where the first array should be put; None for anywhere.
     """
 
-    def __init__(self, balancer: Balancer[Server], runner: AttemptRunner, timeout_s: float) -> None:
+    def __init__(
+        self,
+        balancer: Balancer[Server],
+        runner: AttemptRunner,
+        timeout_s: float,
+        first_home: Callable[[], Member[Server] | None] = lambda: None,
+    ) -> None:
         self._balancer = balancer
         self._runner = runner
         self._timeout_s = timeout_s
+        self._first_home = first_home
         self._home: Member[Server] | None = None
 
-    def put(self, array: Array) -> Resident:
-        """See `ResidentStore`."""
+    def put(self, array: Array, deadline: Deadline | None = None) -> Resident:
+        """See `ResidentStore`.
+
+        Args:
+            deadline: When the caller must have an answer; None for the time that each call may take.
+        """
         resident = self._runner.run(
             lambda server, limit: server.residents.put(array, limit),
             lambda: self.home_preference,
             array.nbytes,
-            Deadline(self._timeout_s),
+            deadline or Deadline(self._timeout_s),
         )
         self._home = self._holder_of(resident) or self._home
         return resident
@@ -57,13 +69,24 @@ class SpreadResidents:
     @property
     def home_preference(self) -> Preference[Server]:
         """The preference for the server that the last array was put on."""
-        return Preference(holders=() if self._home is None else (self._home,))
+        homes = (self._home, self._first_home())
+        return Preference(holders=tuple(home for home in homes if home is not None))
 
     def preference_for(self, call: Call) -> Preference[Server] | None:
         """Return the preference for the servers that have residents of a call; None if none has any."""
         return self._preference_for(
             [operand for operand in call.operands.values() if isinstance(operand, Resident)]
         )
+
+    def are_all_at(self, call: Call, member: Member[Server]) -> bool:
+        """Return whether no other server has a resident of a call. Those that were never sent are nowhere."""
+        name = member.server.residents.session_name
+        for operand in call.operands.values():
+            if isinstance(operand, Resident):
+                handle = operand.handle
+                if handle is not None and handle.session != name:
+                    return False
+        return True
 
     def gather(self, call: Call, server: Server) -> Call:
         """Return a call with the elements of those operands that only another server has."""

@@ -25,7 +25,13 @@ from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.server_set.attempt_runner import AttemptRunner
 from deconvd_client.server_set.balancer import Balancer, MemberState, Preference
-from deconvd_client.server_set.call_parts import CallPart, ResultJoiner, split_call, widen_sums
+from deconvd_client.server_set.call_parts import (
+    CallPart,
+    ResultJoiner,
+    call_size_bytes,
+    split_call,
+    widen_sums,
+)
 from deconvd_client.server_set.membership import Membership
 from deconvd_client.server_set.monitor import Monitor
 from deconvd_client.server_set.resident_places import SpreadResidents
@@ -195,7 +201,7 @@ class ServerSet:
         return self._runner.run(
             lambda server, limit: method(server, self.residents.gather(call, server), limit),
             lambda: self.residents.preference_for(call) or Preference(key),
-            _size_bytes(call),
+            call_size_bytes(call),
             deadline,
         )
 
@@ -209,7 +215,7 @@ class ServerSet:
         return self._runner.run(
             lambda server, limit: method(server, call, limit),
             lambda: preference,
-            _size_bytes(call),
+            call_size_bytes(call),
             deadline,
         )
 
@@ -287,10 +293,3 @@ def _outcome(task: BackgroundTask[str]) -> str:
 
 def _has_residents(call: Call) -> bool:
     return any(isinstance(operand, Resident) for operand in call.operands.values())
-
-
-def _size_bytes(call: Call) -> int:
-    size_bytes = sum(spec.nbytes for spec in call.results.values())
-    for operand in call.operands.values():
-        size_bytes += (operand.spec if isinstance(operand, Resident) else operand).nbytes
-    return size_bytes

@@ -12,7 +12,7 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import TlsFailureError
 
-__all__ = ["NoRetries", "PinnedTransportError", "RetryPolicy"]
+__all__ = ["NoRetries", "PinnedTransportError", "RetryPolicy", "SingleRound", "name_limit"]
 
 _T = TypeVar("_T")
 
@@ -91,7 +91,7 @@ class RetryPolicy:
                 return returned
             except DeadlineError as error:
                 if unavailable is None:
-                    raise _with_limit(error, deadline) from None
+                    raise name_limit(error, deadline) from None
                 try:
                     raise unavailable from None  # it says more than that the last attempt was cut short
                 finally:
@@ -118,7 +118,7 @@ class RetryPolicy:
         try:
             return attempt()
         except DeadlineError as error:
-            raise _with_limit(error, deadline) from None
+            raise name_limit(error, deadline) from None
 
     def stop(self) -> None:
         """Retry nothing from now on: the connection is closed."""
@@ -180,6 +180,16 @@ class NoRetries(RetryPolicy):
         return attempt()
 
 
+class SingleRound(RetryPolicy):
+    """Makes each attempt once, as the last one that its caller gets."""
+
+    def run(
+        self, attempt: Callable[[], _T], deadline: Deadline, *, waits_while_full: bool = True
+    ) -> _T:
+        """Return what `attempt` returns. Raises as `RetryPolicy.run_once` does."""
+        return self.run_once(attempt, deadline)
+
+
 def _told_pause_s(told_s: float) -> float:
     """Return how long to wait if the server expects calls again in `told_s` seconds.
 
@@ -190,7 +200,7 @@ def _told_pause_s(told_s: float) -> float:
     return told_s + spread_s + random.uniform(0, min(told_s / 2, _MOST_TOLD_SPREAD_S))  # noqa: S311
 
 
-def _with_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:
+def name_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:
     """Return the error with the limit that was exceeded, and the options that raise it."""
     return DeadlineError(
         f"the call took longer than the {deadline.timeout_s:g} s that timeout_s of connect() allows "

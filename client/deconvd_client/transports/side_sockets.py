@@ -30,6 +30,7 @@ __all__ = [
     "any_owner",
     "find_call_sockets",
     "find_memory_socket",
+    "find_worker_sockets",
     "instance_of",
     "is_trusted_socket",
     "trusted_owners",
@@ -110,6 +111,20 @@ def find_memory_socket(
         return here[0]
     path = info.shared_memory_socket
     return "" if is_trusted_socket(path) else path
+
+
+def find_worker_sockets(worker: pb.Worker, grpc_path: str, owners: Owners = any_owner) -> list[str]:
+    """Return the paths of a worker's own sockets for gRPC on this host.
+
+    Args:
+        worker: As the server names it.
+        grpc_path: The path of the gRPC socket by which the server was reached; empty if it was reached by TCP.
+        owners: Whose sockets are used.
+    """
+    paths = [*worker.unix_sockets]
+    if grpc_path:
+        return _find_local(map(os.path.basename, paths), grpc_path, owners)
+    return [path for path in paths if os.path.isabs(path) and is_trusted_socket(path, owners)]
 
 
 def _side_sockets(info: pb.GetServerInfoResponse, grpc_path: str) -> list[pb.SideSockets]:

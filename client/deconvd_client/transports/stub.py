@@ -54,6 +54,7 @@ class Stub:
         grpc: Carries all calls that no direct connection carries.
         connector: Opens direct connections; None if there must not be any.
         patience: Bounds how long calls wait for direct connections.
+        note_info: Called with each GetServerInfo response; None if nobody needs to know.
 
     Attributes:
         direct: The direct connections; None if there must not be any.
@@ -62,8 +63,14 @@ class Stub:
     """
 
     def __init__(
-        self, target: str, grpc: GrpcTransport, connector: Connector | None, patience: Patience
+        self,
+        target: str,
+        grpc: GrpcTransport,
+        connector: Connector | None,
+        patience: Patience,
+        note_info: Callable[[pb.GetServerInfoResponse], None] | None = None,
     ) -> None:
+        self._note_info = note_info
         self.target: str = target
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
@@ -198,6 +205,8 @@ class Stub:
         self._takes_packed = PACKED_ELEMENTS in info.features
         self._features = frozenset(info.features)
         self._features_end_s = time.monotonic() + _FEATURES_AGE_S
+        if self._note_info is not None:
+            self._note_info(info)
         return info
 
     def health(self, deadline: Deadline) -> str:

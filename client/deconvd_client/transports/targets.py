@@ -23,6 +23,7 @@ __all__ = [
     "port_of",
     "proxy_of",
     "resolver_of",
+    "with_port",
 ]
 
 _MAX_PORT: Final = 65535
@@ -167,6 +168,11 @@ def port_of(target: str) -> int:
     """Return the port that a target names; 0 for a Unix socket."""
     match = _TCP.fullmatch(target)
     return 0 if match is None else int(match["port"])
+
+
+def with_port(target: str, port: int) -> str:
+    """Return the target with another port. It must name a host."""
+    return f"{target.rpartition(':')[0]}:{port}"
 
 
 def resolver_of(target: str) -> str:

@@ -1513,6 +1513,7 @@ class Worker(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     IS_SERVING_FIELD_NUMBER: _builtins.int
+    ACTIVE_CONNECTIONS_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its number, from "0" on."""
     grpc_port: _builtins.int
@@ -1526,6 +1527,10 @@ class Worker(_message.Message):
     is_serving: _builtins.bool
     """Whether it serves, as the answering process knows it. A client SHOULD make no new calls where it is false, and ask again:
     within seconds if it has no other worker.
+    """
+    active_connections_count: _builtins.int
+    """How many of its direct connections have carried a call in the last two seconds. Of the answering process it is exact; of
+    the others it may be a second old. A client SHOULD keep to a worker where others have few.
     """
     @_builtins.property
     def unix_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1546,10 +1551,11 @@ class Worker(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         instance_id: _builtins.str = ...,
         is_serving: _builtins.bool = ...,
+        active_connections_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "grpc_port", b"grpc_port", "instance_id", b"instance_id", "is_serving", b"is_serving", "name", b"name", "unix_sockets", b"unix_sockets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_connections_count", b"active_connections_count", "devices", b"devices", "grpc_port", b"grpc_port", "instance_id", b"instance_id", "is_serving", b"is_serving", "name", b"name", "unix_sockets", b"unix_sockets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -44,6 +44,7 @@ class DeconvolutionService:
         lender: Lends memory to clients on this host; None if the server lends none.
         endpoints: The instance id, sockets and port that GetServerInfo returns.
         counts: Returns what the server has done for an identity, or for all if it is empty, and what it has in use.
+        count_active: Returns how many direct connections have a call under way, or had one a moment ago.
         max_message_bytes: The largest request and the largest response.
         streams: Admits streams: their places, and their host memory.
         executor: Computes the slices of streams. It has a thread for each slice that may be in flight.
@@ -55,6 +56,7 @@ class DeconvolutionService:
         lender: Lender | None,
         endpoints: pb.GetServerInfoResponse,
         counts: Callable[[str], ServerCounts],
+        count_active: Callable[[], int],
         *,
         max_message_bytes: int,
         streams: StreamAdmission,
@@ -64,6 +66,7 @@ class DeconvolutionService:
         self._lender = lender
         self._endpoints = endpoints
         self._counts = counts
+        self._count_active = count_active
         self._max_message_bytes = max_message_bytes
         self._resident_calls = ResidentMethods(residents, lender, streams)
         self._streams = StreamingOperations(residents, lender, max_message_bytes, streams, executor)
@@ -129,11 +132,22 @@ class DeconvolutionService:
             limits=pb.Limits(message_bytes=self._max_message_bytes),
             features=(*_FEATURES, WIDE_SUMS) if residents.engines.have_wide_sums else _FEATURES,
             counts=self._counts(call.identity).to_message(),
-            workers=WORKERS.workers,
+            workers=self._workers(),
             worker_name=WORKERS.name,
         )
         info.MergeFrom(self._endpoints)
         return Envelope(info, {})
+
+    def _workers(self) -> Iterator[pb.Worker]:
+        """Yield the entries of all processes that serve as one; what this process has to do is as of now."""
+        for worker in WORKERS.workers:
+            if worker.name != WORKERS.name:
+                yield worker
+                continue
+            own = pb.Worker()
+            own.CopyFrom(worker)
+            own.active_connections_count = self._count_active()
+            yield own
 
 
 def _device_message(engine: Engine, kept: Sequence[CacheState]) -> pb.Device:

@@ -3,7 +3,8 @@
 | from | letter | contents |
 |---|---|---|
 | worker | R, it serves | its entry in the table: a `Worker` message |
-| worker | A, its main thread is alive; S, it is about to end | |
+| worker | A, its main thread is alive | its entry in the table, as of now |
+| worker | S, it is about to end | |
 | supervisor | T, the table of all workers | a `GetServerInfoResponse` with `workers` alone |
 | supervisor | D, drain; C, cancel the calls that the drain waits for | |
 
@@ -76,7 +77,8 @@ class LinkNotifier:
     Args:
         link: The worker's end of the link.
         watchdog_s: How long the worker may be silent; None if nobody minds.
-        describe: Returns the worker's entry in the table. Called once it serves.
+        describe: Returns the worker's entry in the table. Called once it serves, and then whenever it tells that it is
+            alive.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class LinkNotifier:
 
     def notify_alive(self) -> None:
         """Tell that its main thread is alive. The supervisor wants to know, whether or not systemd does."""
-        self._send(Packet.ALIVE)
+        self._send(Packet.ALIVE, self._describe().SerializeToString())
 
     def _send(self, letter: Packet, contents: bytes = b"") -> None:
         try:

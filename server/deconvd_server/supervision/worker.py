@@ -214,10 +214,12 @@ class Worker:
         return has_changed
 
     def _take(self, letter: Packet, contents: bytes) -> bool:
-        was_serving = self.is_serving
+        was_serving, was_active_count = self.is_serving, self._message.active_connections_count
         self._alive_s = time.monotonic()
-        if letter is Packet.READY:
+        if letter in (Packet.READY, Packet.ALIVE):
             described = pb.Worker.FromString(contents)
+            self._message.active_connections_count = described.active_connections_count
+        if letter is Packet.READY:
             for field in ("unix_sockets", "devices"):
                 self._message.ClearField(field)
             self._message.MergeFrom(described)
@@ -225,7 +227,8 @@ class Worker:
                 self.state, self.has_served = WorkerState.SERVING, True
         elif letter is Packet.STOPPING:
             self.state = WorkerState.STOPPING
-        return self.is_serving != was_serving or letter is Packet.READY
+        has_changed = self._message.active_connections_count != was_active_count
+        return has_changed or self.is_serving != was_serving or letter is Packet.READY
 
     def tell(self, letter: Packet) -> None:
         """Tell it what to do, if it has a process."""

@@ -89,6 +89,7 @@ class DirectTransport:
         # The connections that calls use. A call that an interrupt broke off may not have said that it has ended:
         # so these are weak references, and the connection closes itself when nothing else refers to it.
         self._busy: set[weakref.ref[FrameStream]] = set()
+        self._unwanted: set[weakref.ref[FrameStream]] = set()  # those to close after their calls
         self._is_connecting = False
         self._waiters: list[SimpleQueue[None]] = []  # of calls that wait for the background thread
 
@@ -105,8 +106,13 @@ class DirectTransport:
     @property
     def has_connections(self) -> bool:
         """Whether there are connections, in use or not."""
+        return self.connections_count > 0
+
+    @property
+    def connections_count(self) -> int:
+        """How many connections there are, in use or not."""
         with self._lock:
-            return bool(self._idle or self._busy)
+            return len(self._idle) + sum(known() is not None for known in self._busy)
 
     def unary(
         self,
@@ -199,6 +205,8 @@ class DirectTransport:
         """
         with self._lock:
             is_wanted = not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS
+            if self._unwanted:
+                is_wanted &= weakref.ref(connection) not in self._unwanted
             if is_wanted and connection.protocol.is_idle:
                 self._busy.discard(weakref.ref(connection))
                 self._idle.append(connection)
@@ -209,11 +217,20 @@ class DirectTransport:
         """Close a connection after a call that raised `error`, if anything."""
         with self._lock:
             self._busy.discard(weakref.ref(connection))
+            self._unwanted.discard(weakref.ref(connection))
         if error is None or isinstance(error, (DeconvdError, ConnectionBrokenError)):
             connection.close()
         else:
             # after an interrupt a thread may still be sending: the last reference to the connection closes it
             connection.abort()
+
+    def close_idle(self) -> None:
+        """Close the connections that no call uses, and the others after their calls. Later calls open others."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._unwanted = set(self._busy)
+        for connection in idle:
+            connection.close()
 
     def close(self) -> None:
         """Close all connections. Calls under way end with CallCancelledError."""

@@ -79,6 +79,9 @@ _HELLO_SEND_S: Final = 10.0
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
 
+_ACTIVE_S: Final = 2.0
+"""How long a connection is active after its last call. Clients that work make calls more often."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -151,6 +154,11 @@ class DirectConnection:
     def is_idle(self) -> bool:
         """Whether it has no call under way."""
         return self._state is _ConnectionState.IDLE
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has a call under way, or had one a moment ago, or is as new as that."""
+        return not self.is_idle or time.monotonic() - self._place.progressed_s < _ACTIVE_S
 
     def start(self, place: PeerPlace) -> None:
         """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""

@@ -143,6 +143,11 @@ class DirectServer:
         """How many direct connections there are."""
         return len(self._connections)
 
+    @property
+    def active_connections_count(self) -> int:
+        """How many of them have a call under way, or had one a moment ago: clients keep to servers with few."""
+        return sum(connection.is_active for connection in self._all_connections())
+
     def _close_idle(self) -> None:
         """Close the connections that are idle, and others once they are. Those that may become stripes stay."""
         peers_to_come = self._transfers.peers_to_come()
