@@ -23,23 +23,36 @@ _EPHEMERAL_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _given: set[int] = set()
 
 
-def free_port() -> int:
+def free_port(count: int = 1) -> int:
     """Return a port that is free on all addresses of this host, and that no other caller gets while this process runs.
 
     The kernel gives it to nobody: it is none of those for connections. So it stays free until somebody binds it by
     its number, on each of the addresses.
+
+    Args:
+        count: How many ports that follow each other are wanted. The first is returned.
 
     Raises:
         RuntimeError: There is no such port.
     """
     ports = _candidates()
     start = random.SystemRandom().randrange(len(ports))  # tests may have seeded the other generator
+    taken: list[int] = []
     for port in ports[start:] + ports[:start]:
-        if port not in _given and _lock(port):
-            _given.add(port)
-            if _is_free(port):
-                return port
+        if taken and port != taken[-1] + 1:
+            taken = []
+        taken = [*taken, port] if _take(port) else []
+        if len(taken) == count:
+            return taken[0]
     raise RuntimeError(f"no TCP port of {len(ports)} is free")
+
+
+def _take(port: int) -> bool:
+    """Take a port for this process; return whether nobody has it."""
+    if port in _given or not _lock(port):
+        return False
+    _given.add(port)
+    return _is_free(port)
 
 
 def _candidates() -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -176,10 +178,18 @@ def borrower(path: Path) -> Iterator[Borrower]:
 
 @pytest.fixture(scope="session")
 def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the source package beside it."""
-    environment = fresh_environment(tmp_path_factory.mktemp("build"))
-    environment.install("build")
-    packages = tmp_path_factory.mktemp("packages")
-    environment.output("python", "-m", "build", "--outdir", str(packages), str(ROOT))
+    """The wheel, built from the source package beside it, once for all processes that run tests."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent  # which all of them have
+    packages = directory / "packages"
+    with (directory / "packages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not packages.exists():
+            environment = fresh_environment(tmp_path_factory.mktemp("build"))
+            environment.install("build")
+            built = tmp_path_factory.mktemp("built")
+            environment.output("python", "-m", "build", "--outdir", str(built), str(ROOT))
+            built.rename(packages)
     (wheel,) = packages.glob("*.whl")
     return wheel

@@ -78,8 +78,9 @@ def main(arguments: Sequence[str]) -> int:
         pretend(system.system)
     _forbid_imports(("deconvd_server", "grpc_reflection"))  # whether installed or not
     tests = [str(Path(__file__).parent / f"test_{name}.py") for name in TESTS]
-    # conftest's fixtures are those of servers
-    return int(pytest.main(["--noconftest", "-p", "no:cacheprovider", *tests, *rest]))
+    # conftest's fixtures are those of servers; hypothesis's own profile "ci" asks for no speed either
+    options = ["--noconftest", "-p", "no:cacheprovider", "--hypothesis-profile=ci"]
+    return int(pytest.main([*options, *tests, *rest]))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def server_process(
     if not any(o.startswith("--direct-port") for o in options) and not all(
         map(_is_unix, addresses)
     ):
-        options = (*options, "--direct-port", str(free_port()))
+        # processes have ports that follow each other
+        count = int(options[options.index("--processes") + 1]) if "--processes" in options else 1
+        options = (*options, "--direct-port", str(free_port(max(count, 1))))
     log = directory / "server.log"
     all_limits = dict(limits or {})
     if descriptors_count is not None:

@@ -223,7 +223,7 @@ def peak_own_memory(command: list[str], cwd: Path) -> tuple[int, int]:
         return process.poll() is not None
 
     try:
-        wait_until(has_ended)
+        wait_until(has_ended, timeout_s=200)  # it may move gigabytes
     finally:
         process.kill()
         process.wait(60)

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 _FEW_RUNS_COUNT = 20
-_RUNS_COUNT = 200
+_RUNS_COUNT = 120
 """Interrupted runs of each kind of work by each way."""
 
 _BOUND_S = 15.0

@@ -51,6 +51,19 @@ def test_each_is_given_once(choice: list[int]) -> None:
         free_port()
 
 
+def test_ports_that_follow_each_other_are_each_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = free_port(3)
+    for port in range(first, first + 3):
+        ports._given.remove(port)
+    monkeypatch.setattr(ports, "_candidates", lambda: [*range(first, first + 3)])
+    with pytest.raises(RuntimeError):
+        free_port(4)
+    for port in range(first, first + 3):
+        ports._given.remove(port)
+    with bound("127.0.0.1", first), pytest.raises(RuntimeError):
+        free_port(3)
+
+
 def test_no_other_process_gets_it() -> None:
     port = free_port()
     script = ANOTHER_PROCESS % port

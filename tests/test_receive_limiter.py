@@ -29,7 +29,7 @@ from tests.soak.hostile.requests import of_a_huge_kernel, of_one_pixel, stream_o
 MEMORY_BYTES = 600_000_000
 MESSAGE_BYTES = 60_000_000
 HOSTILE = "127.0.0.3"
-HEALTH_S = 1.0
+HEALTH_S = 5.0
 
 X = np.ones((1, 8, 16, 16), np.float32)
 W = np.ones((8, 4, 4, 4), np.float32)

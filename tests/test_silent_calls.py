@@ -31,9 +31,9 @@ X = np.ones((1, 4, 8, 8), np.float32)
 W = np.ones((4, 4, 3, 3), np.float32)
 REFLECTION = METHODS[-1]
 
-HEALTH_S = 1.0
+HEALTH_S = 5.0
 DRAIN_S = 1
-ENDED_S = DRAIN_S + 2.0
+ENDED_S = DRAIN_S + 10.0
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.tensor import message_from_array
 from deconvd_server.call.context import CallContext
 from deconvd_server.resources.budgets import budgets
-from deconvd_server.transports.direct.striped_transfer import MemberState, StripeMember
+from deconvd_server.transports.direct.striped_transfer import StripeMember, StripeState
 from tests.direct_calls import connect_stream_from, is_serving
 from tests.processes import wait_until
 from tests.stream_pairs import send_raw
@@ -514,7 +514,7 @@ def test_nothing_is_received_before_its_memory_is_admitted(
     begin(client)
     client.send(ARRAYS)
     wait_until(lambda: admission.load.waiting_count == 1 and members_count(server) == 2)
-    assert all(member.state is MemberState.WAITING for member in members_of(server))
+    assert all(member.state is StripeState.WAITING for member in members_of(server))
     let_go.set()
     holder.join()
     device.let_go.set()

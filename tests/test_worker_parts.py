@@ -240,7 +240,7 @@ def values(metrics: MergedMetrics, reader: str = "") -> dict[str, float]:
 
 
 def test_metrics_of_workers_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deconvd_server.supervision.merged_metrics._ANSWER_S", 0.2)
+    monkeypatch.setattr("deconvd_server.supervision.merged_metrics._ANSWER_S", 2.0)
     workers = [Counted(), Counted()]
     metrics = MergedMetrics(lambda: [each.channel for each in workers], list, ["reader"])
     for worker in workers:

@@ -303,7 +303,7 @@ def test_metrics_are_added_up_and_never_shrink(socket_directory: Path) -> None:
 
 
 def test_ports_follow_each_other(socket_directory: Path) -> None:
-    direct, own = free_port(), free_port()
+    direct, own = free_port(2), free_port(2)
     options = ["--processes", "2", "--direct-port", str(direct), "--worker-port", str(own)]
     with server_process(socket_directory, *options, listen=("127.0.0.1:0",)) as server:
         workers = wait_for_serving(server)

@@ -58,9 +58,9 @@ try:
     from deconvd_server.shutdown import Drainer, exit_process, run
     from deconvd_server.supervision.devices import devices_of
     from deconvd_server.supervision.layout import worker_places
-    from deconvd_server.supervision.membership import open_link
     from deconvd_server.supervision.orders import WorkerOrders
     from deconvd_server.supervision.supervise import supervise
+    from deconvd_server.supervision.worker_link import open_link
 except ModuleNotFoundError as missing:
     _exit_without(missing)
 

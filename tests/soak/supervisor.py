@@ -27,7 +27,7 @@ _DRAIN_TIMEOUT_S = 4.0
 GROUP_BYTES = 1280 * _MIB
 """What the kernel lets the server have."""
 
-_LATE_S = 2.0
+_LATE_S = 5.0
 """How long after the drain's timeout, or a second signal, the process may end."""
 
 _CUT_AFTER_S = 0.5

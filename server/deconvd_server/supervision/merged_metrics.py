@@ -87,7 +87,7 @@ class MergedMetrics:
 
     def collector_for(self, identity: str) -> Collector:
         """Return the metrics that a reader may see, by the name that it has proved, which may be empty."""
-        return _ReaderCollector(self, "" if identity in self._readers else identity)
+        return _MergedCollector(self, "" if identity in self._readers else identity)
 
     def collect(self, identity: str) -> Iterator[Metric]:
         """Yield the metrics of an identity's calls and of the server, or all if it is empty."""
@@ -101,10 +101,10 @@ class MergedMetrics:
         deadline_s = time.monotonic() + _ANSWER_S
         view.update({channel: channel.answer(deadline_s) for channel in channels})
         yield from self._own()
-        yield from view.merged()
+        yield from view.merge()
 
 
-class _ReaderCollector(Collector):
+class _MergedCollector(Collector):
     """The metrics that one reader may see."""
 
     def __init__(self, metrics: MergedMetrics, identity: str) -> None:
@@ -133,7 +133,7 @@ class _View:
                 metric.name: metric for metric in _merge([*_as_families(self._ended), *counted])
             }
 
-    def merged(self) -> Iterator[Metric]:
+    def merge(self) -> Iterator[Metric]:
         """Yield all metrics, added up."""
         yield from _merge(
             [

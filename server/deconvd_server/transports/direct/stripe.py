@@ -11,9 +11,9 @@ from deconvd.wire.stream_parts import PendingElements
 from deconvd_server.call.context import ClientWait
 from deconvd_server.transports.direct.striped_transfer import (
     STRIPE_WAIT_S,
-    MemberState,
     StripedTransfer,
     StripeMember,
+    StripeState,
 )
 from deconvd_server.transports.direct.transfers import TransferTable
 
@@ -44,7 +44,7 @@ class Stripe:
         tells. One that is not yet ENDING cannot write it any more.
         """
         self._is_cancelled = True
-        is_done = self._member.state in (MemberState.ENDING, MemberState.ENDED)
+        is_done = self._member.state in (StripeState.ENDING, StripeState.ENDED)
         if self._transfer is not None and not is_done:
             self._transfer.drop(self._member)
 
@@ -65,9 +65,9 @@ class Stripe:
             transfer.wait_until_receivable()
             self._receive_operands(transfer)
             self._send_results(transfer)
-            member.state = MemberState.ENDING
+            member.state = StripeState.ENDING
             self._frames.send(EndOfStream())
-            member.state = MemberState.ENDED
+            member.state = StripeState.ENDED
         except BaseException:
             transfer.drop(member)
             raise
@@ -76,7 +76,7 @@ class Stripe:
 
     def _receive_operands(self, transfer: StripedTransfer) -> None:
         frames, member = self._frames, self._member
-        member.state = MemberState.TRANSFERRING
+        member.state = StripeState.TRANSFERRING
         while not isinstance(event := frames.next_event(), EndOfStream):
             if not isinstance(event, PieceHead):
                 raise transfer.refuse("elements of a striped call must follow a PIECE frame")
@@ -90,12 +90,12 @@ class Stripe:
             for buffer in buffers:
                 frames.read_into_buffer(buffer)
             transfer.note_landed(number, count)
-        member.state = MemberState.WAITING
+        member.state = StripeState.WAITING
         transfer.end_landing()
 
     def _send_results(self, transfer: StripedTransfer) -> None:
         frames, member = self._frames, self._member
         while (piece := transfer.take_result()) is not None:
-            member.state = MemberState.TRANSFERRING
+            member.state = StripeState.TRANSFERRING
             frames.send_piece(*piece)
-            member.state = MemberState.WAITING
+            member.state = StripeState.WAITING

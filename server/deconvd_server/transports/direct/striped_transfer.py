@@ -37,7 +37,7 @@ from deconvd.model.dtypes import Array
 from deconvd_server.call.context import CallContext, ClientWait
 from deconvd_server.transports.direct.landing import LandingPieces, WrongRunError
 
-__all__ = ["STRIPE_WAIT_S", "MemberState", "StripeMember", "StripedTransfer", "TransferState"]
+__all__ = ["STRIPE_WAIT_S", "StripeMember", "StripeState", "StripedTransfer", "TransferState"]
 
 STRIPE_WAIT_S: Final = 10.0
 """How long a stripe and its call wait for each other. Clients send both at once."""
@@ -55,7 +55,7 @@ class TransferState(Enum):
     ENDED = "ended"
 
 
-class MemberState(Enum):
+class StripeState(Enum):
     """What a stripe does."""
 
     WAITING = "waiting"
@@ -83,7 +83,7 @@ class StripeMember:
 
     wait: ClientWait
     shutdown: Callable[[], None]
-    state: MemberState = MemberState.WAITING
+    state: StripeState = StripeState.WAITING
 
 
 class StripedTransfer:
@@ -158,7 +158,7 @@ class StripedTransfer:
         with self._changed:
             if self._members.pop(member, member) is None:
                 self._progressed_s = time.monotonic()
-                self._ended_count += member.state is MemberState.ENDED
+                self._ended_count += member.state is StripeState.ENDED
                 if not self._members:  # `finish` and `end` wait for that, and for none alone
                     self._changed.notify_all()
             return self.state is TransferState.EXPECTED and not self._members
@@ -276,7 +276,7 @@ class StripedTransfer:
             ):
                 return math.inf
             waits = [
-                m.wait.blocked_since_s for m in self._members if m.state is MemberState.TRANSFERRING
+                m.wait.blocked_since_s for m in self._members if m.state is StripeState.TRANSFERRING
             ]
             return max([self._progressed_s, *waits])
 

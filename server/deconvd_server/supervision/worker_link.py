@@ -12,10 +12,10 @@ from deconvd_server.resources.worker_table import WORKERS
 from deconvd_server.supervision.link import LinkNotifier, start_link_thread
 from deconvd_server.supervision.orders import WorkerOrders
 
-__all__ = ["Membership", "open_link"]
+__all__ = ["WorkerLink", "open_link"]
 
 
-class Membership:
+class WorkerLink:
     """What a worker has that a server alone has not."""
 
     def __init__(self, orders: WorkerOrders, link: socket.socket) -> None:
@@ -37,9 +37,9 @@ class Membership:
         return LinkNotifier(self._link, self._orders.watchdog_s, describe)
 
 
-def open_link(orders: WorkerOrders, reasons: ExitReasons) -> Membership:
+def open_link(orders: WorkerOrders, reasons: ExitReasons) -> WorkerLink:
     """Become the worker that the orders say, and do what the supervisor says from now on. It begins a thread."""
     WORKERS.name = orders.name
     link = socket.socket(fileno=orders.link)
     start_link_thread(link, reasons)
-    return Membership(orders, link)
+    return WorkerLink(orders, link)
