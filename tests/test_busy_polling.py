@@ -86,25 +86,6 @@ def test_what_does_not_come_is_polled_for_ever_more_seldom(
     assert [n for n in range(12) if is_polled(polling, far)] == [0, 2, 6]
 
 
-def test_one_long_wait_changes_nothing(ends: tuple[SocketStream, CountedStream]) -> None:
-    near, far = ends
-    polling = BusyPolling(0.05, lead_s=0.01)
-
-    def is_polled_for_what_has_come() -> bool:
-        near.write(b"a")
-        is_seen = is_polled(polling, far)
-        assert taken(far) == b"a"
-        return is_seen
-
-    assert is_polled_for_what_has_come()
-    for _ in range(3):
-        assert is_polled(polling, far)  # in vain
-        far.timeouts_s.clear()
-        assert is_polled_for_what_has_come()
-        assert far.timeouts_s == [0]  # it did not sleep before
-    assert [n for n in range(5) if is_polled(polling, far)] == [0, 1, 3]
-
-
 def test_it_begins_shortly_before_what_is_waited_for_usually_comes(
     ends: tuple[SocketStream, CountedStream],
 ) -> None:

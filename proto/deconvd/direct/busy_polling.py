@@ -40,9 +40,6 @@ class BusyPolling:
         |------- sleep in poll() --------|<---- lead_s ------>|
                                          |---- busy polling for at most max_poll_s ----|--- sleep
 
-    One wait that is longer than those before it changes nothing: it may be the first call of a new shape, or a pause of
-    the caller, and the next call is like the others. Only the second such wait in a row counts.
-
     Args:
         max_poll_s: How long a thread polls before it sleeps, in seconds.
         lead_s: How long before the usual arrival the polling begins, in seconds. Until then the thread sleeps. By
@@ -53,7 +50,6 @@ class BusyPolling:
         self._max_poll_s = max_poll_s
         self._lead_s = lead_s
         self._usual_wait_s = 0.0
-        self._has_paid = False
         self._backoff = AdaptiveBackoff()
 
     def wait(self, incoming: _Readable, is_worth_it: Callable[[], bool]) -> None:
@@ -77,10 +73,8 @@ class BusyPolling:
         has_come = sleep_s > 0 and incoming.poll(sleep_s)
         while not has_come and is_worth_it() and time.monotonic() < until_s:
             has_come = incoming.poll(0)
-        if has_come or not self._has_paid:
-            self._backoff.record_outcome(has_paid=has_come)
-            self._update_usual_wait(time.monotonic() - begin_s, has_come=has_come)
-        self._has_paid = has_come
+        self._backoff.record_outcome(has_paid=has_come)
+        self._update_usual_wait(time.monotonic() - begin_s, has_come=has_come)
         return has_come
 
     def _update_usual_wait(self, waited_s: float, *, has_come: bool) -> None:
