@@ -24,12 +24,11 @@ from tests.servers import GRAPHS_SOON, ServerProcess, server_process
 if TYPE_CHECKING:
     from tests.certificates import Authority, CertificateFiles
 
-_NEED_CUPY = ["cupy", "device", "kernels", "operator", "overlapped"]
+_NEED_CUPY = ["cupy", "device", "kernel_loading", "kernels", "operator", "overlapped"]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
-"""Modules that import CuPy, or torch, at their head: for a GPU, all of them."""
+"""Modules that import CuPy, torch or jax at their head: for a GPU, all of them."""
 
-if not find_spec("torch"):
-    collect_ignore.append("test_cuda_torch.py")
+collect_ignore += [f"test_cuda_{name}.py" for name in ("jax", "torch") if not find_spec(name)]
 
 
 # how long an example takes says more about what else the machine does than about the code

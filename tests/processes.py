@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +18,7 @@ from typing import NoReturn
 __all__ = [
     "MemoryPeak",
     "ProcessResources",
+    "children_of",
     "end_forked_child",
     "exit_code",
     "is_idle",
@@ -151,6 +152,20 @@ def exit_code(work: Callable[[], bool]) -> int:
         finally:
             end_forked_child(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the ids of a process's children.
+
+    The kernel's own list, /proc/PID/task/*/children, may lack some while others begin or end.
+    """
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                children.append(int(stat.parent.name))
+    return children
 
 
 def wait_until(

@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 
 from deconvd.model.dtypes import ELEMENT_TYPES
-
-pytest.importorskip("cupy")
-
 from deconvd_server.device.cuda.api.runtime import current_device
 from deconvd_server.device.cuda.device import CudaDevice
 from deconvd_server.device.cuda.kernels.cubins import Cubins
