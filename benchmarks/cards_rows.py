@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import click
+from benchmarks.rows_file import load_rows, save_rows
 
 __all__ = ["CardsFile", "CardsRow"]
 
@@ -64,25 +62,13 @@ class CardsFile:
     def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
         self._path = path
         self._about = dict(about)
-        self._rows: dict[_Key, CardsRow] = {}
-        if path is not None and path.exists():
-            file = json.loads(path.read_text())
-            for name, value in about.items():
-                if file[name] != value:
-                    raise click.UsageError(
-                        f"--json: {path} has rows of the {name} {file[name]}, not {value}: choose another file"
-                    )
-            rows = [CardsRow(**row) for row in file["rows"]]
-            self._rows = {row.key: row for row in rows}
+        rows = [CardsRow(**row) for row in load_rows(path, about)]
+        self._rows = {row.key: row for row in rows}
 
     def add(self, row: CardsRow) -> str:
         """Add a row, write the file, and return the row in words, beside the same with one card if there is that."""
         self._rows[row.key] = row
-        if self._path is not None:
-            date = datetime.now(UTC).isoformat(timespec="seconds")
-            rows = [asdict(row) for row in self._rows.values()]
-            text = json.dumps({**self._about, "date": date, "rows": rows}, indent=1)
-            self._path.write_text(text + "\n")
+        save_rows(self._path, self._about, self._rows.values())
         return self._describe(row)
 
     def _describe(self, row: CardsRow) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import click
+from benchmarks.rows_file import load_rows, save_rows
 
 __all__ = ["FLOOR_PATH", "RemoteRow", "RemoteRowKey", "RowsFile", "merge_rows"]
 
@@ -80,25 +78,12 @@ class RowsFile:
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, str | None]) -> None:
-        self.rows: Sequence[RemoteRow] = ()
         self._path = path
         self._about = dict(about)
-        if path is not None and path.exists():
-            file = json.loads(path.read_text())
-            for name, value in about.items():
-                if file[name] != value:
-                    raise click.UsageError(
-                        f"--json: {path} has rows of the {name} {file[name]}, not {value}: "
-                        "choose another file"
-                    )
-            self.rows = [RemoteRow(**row) for row in file["rows"]]
+        self.rows: Sequence[RemoteRow] = [RemoteRow(**row) for row in load_rows(path, about)]
 
     def add(self, row: RemoteRow) -> RemoteRow:
         """Add a row, write the file, and return the row with its floor."""
         self.rows = merge_rows(self.rows, [row])
-        if self._path is not None:
-            date = datetime.now(UTC).isoformat(timespec="seconds")
-            rows = [asdict(row) for row in self.rows]
-            text = json.dumps({**self._about, "date": date, "rows": rows}, indent=1)
-            self._path.write_text(text + "\n")
+        save_rows(self._path, self._about, self.rows)
         return next(each for each in self.rows if each.key == row.key)

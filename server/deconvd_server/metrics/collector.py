@@ -20,6 +20,7 @@ from deconvd.wire.cache_state import CacheState
 from deconvd.wire.server_counts import MethodCounts, ServerCounts, StageTimes
 from deconvd_server.backend import Backend
 from deconvd_server.call.counts import CallCounts
+from deconvd_server.metrics.reader_collector import ReaderCollector
 
 __all__ = ["MetricsView"]
 
@@ -65,7 +66,7 @@ class MetricsView:
         Args:
             identity: The name that it has proved. Empty if the server asks for none: then everyone sees all.
         """
-        return _ReaderCollector(self, "" if identity in self._readers else identity)
+        return ReaderCollector(self.collect, identity, self._readers)
 
     def collect(self, identity: str) -> Iterator[Metric]:
         """Yield the metrics of an identity's calls and of the server, or all if it is empty."""
@@ -93,17 +94,6 @@ class MetricsView:
         if backend is not None:
             yield from _use_metrics(backend.counts(identity))
             yield from _device_metrics(backend, sees_all=not identity)
-
-
-class _ReaderCollector(Collector):
-    """The metrics that one reader may see."""
-
-    def __init__(self, view: MetricsView, identity: str) -> None:
-        self._view = view
-        self._identity = identity
-
-    def collect(self) -> Iterator[Metric]:
-        return self._view.collect(self._identity)
 
 
 def _call_metrics(by_tenant: Mapping[str, Sequence[MethodCounts]]) -> Iterator[Metric]:

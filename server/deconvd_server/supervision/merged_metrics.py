@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from deconvd_server.metrics.reader_collector import ReaderCollector
 from deconvd_server.supervision.metrics_channel import Family, MetricsChannel
 from deconvd_server.supervision.worker import Worker
 from deconvd_server.transports.grpc.health import Health
@@ -87,7 +88,7 @@ class MergedMetrics:
 
     def collector_for(self, identity: str) -> Collector:
         """Return the metrics that a reader may see, by the name that it has proved, which may be empty."""
-        return _MergedCollector(self, "" if identity in self._readers else identity)
+        return ReaderCollector(self.collect, identity, self._readers)
 
     def collect(self, identity: str) -> Iterator[Metric]:
         """Yield the metrics of an identity's calls and of the server, or all if it is empty."""
@@ -102,17 +103,6 @@ class MergedMetrics:
         view.update({channel: channel.answer(deadline_s) for channel in channels})
         yield from self._own()
         yield from view.merge()
-
-
-class _MergedCollector(Collector):
-    """The metrics that one reader may see."""
-
-    def __init__(self, metrics: MergedMetrics, identity: str) -> None:
-        self._metrics = metrics
-        self._identity = identity
-
-    def collect(self) -> Iterator[Metric]:
-        return self._metrics.collect(self._identity)
 
 
 class _View:
