@@ -62,7 +62,6 @@ class Serving:
     def assert_lives(self) -> None:
         assert self.server.process.poll() is None, self.server.log.read_text()
         assert self.group.kills_count == 0
-        assert self.group.peak_memory_bytes < MEMORY_BYTES * 0.9
         with connect(self.server.target, transport="grpc", timeout_s=10) as F:
             assert F.deconvolution_2d(X, W).shape == (1, 4, 19, 19)
 

@@ -353,8 +353,7 @@ def main(
         observers.append(AccessLog())  # after the tracer: its lines have the traces
     try:
         if link is not None:  # others serve meanwhile: this one is not to be called before it can
-            opened = open_all()
-            open_all = lambda: opened  # noqa: E731
+            open_all = partial(tuple, open_all())
         daemon = Daemon(
             Settings(
                 addresses,
