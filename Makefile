@@ -31,7 +31,7 @@ CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check-schema check coverage check-all soak test-oldest test-torch test-jax test-chainer \
+.PHONY: help demo test lint check-schema check coverage test-slow check-all soak test-oldest test-torch test-jax test-chainer \
     test-3.11 test-3.12 test-3.13 test-3.14 package mutate check-api format test-gpu generate accept-schema kernels bench image test-image clean
 
 help: ## List the targets
@@ -60,20 +60,23 @@ check: lint ## What each commit must pass: lint, then the tests
 # Slow tests that take gigabytes, or measure how long other calls take: they run alone. Other slow ones run two at a time.
 ALONE := $(foreach name,crowded_residents large_tensors overload receive_limiter,tests/test_$(name).py)
 
-# The schema's tests are lint's. Traced code computes more, so fewer processes than in `test` share the processors.
-coverage: .venv/installed-dev ## Run all tests, slow ones too, and measure coverage against its floor
+test-slow: .venv/installed-dev ## Run the slow tests
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(ALONE) $(PYTEST_ARGS)
+
+# The schema's tests are lint's. Traced code computes more, so fewer processes than in `test` share the processors. Slow tests
+# are not measured: they take memory and time, of which tracing takes some, too, and the others reach all that they reach.
+coverage: .venv/installed-dev ## Run the tests that are not slow, and measure coverage against its floor
 	rm -rf $(COVERAGE)
 	mkdir -p $(COVERAGE)/processes
 	$(MEASURED) -n 3 --dist loadfile --ignore=tests/test_schema.py $(PYTEST_ARGS)
-	$(MEASURED) -m slow -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
-	$(MEASURED) -m slow $(ALONE) $(PYTEST_ARGS)
 	$(COVERAGE_TOOL) combine --quiet $(COVERAGE)/processes
 	$(COVERAGE_TOOL) html --quiet --directory $(COVERAGE)/html
 	@echo "with what needs a card: $$($(COVERAGE_TOOL) report --omit='*_pb2*' --format=total --fail-under=0) %"
 	$(COVERAGE_TOOL) report
 
 # Each test runs once here, and those that are not slow and depend on packages once more, with the oldest packages.
-check-all: lint coverage test-oldest test-torch test-jax test-chainer soak ## All checks but those on a GPU
+check-all: lint coverage test-slow test-oldest test-torch test-jax test-chainer soak ## All checks but those on a GPU
 
 soak: .venv/installed-dev ## Run honest and hostile clients against a server that is killed and drained, for 90 s
 	$(BIN)/python -m tests.soak --seconds 90
