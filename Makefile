@@ -83,15 +83,16 @@ soak: .venv/installed-dev ## Run honest and hostile clients against a server tha
 
 # What no version of a package changes, since other tests call the same functions of packages: direct connections, their TLS
 # and shared memory, which are sockets, Python's ssl and memory of our own below numpy and gRPC; modules that decide or copy, and
-# do no I/O; the card's, which call its libraries by ctypes; several servers or processes, each of which is one; what a process says to its log
-# and to systemd, and how it ends; and what the checks say of this checkout's own files. other_systems runs again what runs here.
+# do no I/O; the card's and its compiler's, whose libraries are called by ctypes; several servers or processes, each of which is
+# one; what a process says to its log and to systemd, and how it ends; and what the checks say of this checkout's own files.
+# other_systems runs again what runs here.
 UNVERSIONED := accept_loop byte_stream busy_polling direct* drain_stripes early_calls shared_borrowers shared_lines \
     shared_memory_* stalled_stripes stripe_faults striped_* striping* write_progress \
     adaptive_backoff admission* blocking budgets buffer_pool cache fair_queue fair_shares lru pace parallel_copy pieces ports quotas \
     resident_registry* retry_times team workload \
     cuda_* \
     attempt_runner background_loop balancer call_parts several_* worker_clients worker_parts \
-    hung_device log_* systemd \
+    cubins hung_device log_* systemd \
     alerts checks contributing decisions dockerfile monitoring names other_systems readme soak
 
 # Neither the demo, the frameworks nor the benchmarks, which need packages that want a newer numpy; nor kubectl, the schema's tools and pyright.

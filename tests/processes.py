@@ -138,12 +138,12 @@ def end_forked_child(code: int) -> NoReturn:
     posix._exit(code)
 
 
-def exit_code(work: Callable[[], bool]) -> int:
-    """Return 0 if `work` returns True in a forked child."""
+def exit_code(work: Callable[[], bool], *, timeout_s: int = _CHILD_S) -> int:
+    """Return 0 if `work` returns True in a forked child, which is killed after a time."""
     child = os.fork()
     if not child:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_CHILD_S)
+        signal.alarm(timeout_s)
         code = 2
         try:
             code = 0 if work() else 1

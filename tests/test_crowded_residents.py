@@ -59,6 +59,7 @@ def keep_ones(held: SessionClient, count: int) -> None:
         session=held.session,
         keep=pb.OperandsToKeep(x=True, w=True, b=True),
         keep_y=True,
+        waits=True,  # 32 at once are more than a busy server answers soon
     )
     calls_count, at_once = count // 4, 32
     for start in range(0, calls_count, at_once):

@@ -139,7 +139,8 @@ def test_many_large_messages_at_once_end_in_answers_or_refusals(count: int, tmp_
         ends = large_calls(here.server.target, count)
 
     assert ends.total() == count
-    assert ends.keys() <= {"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+    # CANCELLED: gRPC resets the stream of a call that is refused, and on a busy machine that overtakes its status
+    assert ends.keys() <= {"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"}
 
 
 def test_a_large_message_alone_is_served(tmp_path: Path) -> None:
