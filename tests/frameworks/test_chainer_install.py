@@ -34,9 +34,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     noted: list[Any] = []
     execute = Server.execute
 
-    def note(self: Server, call: Any) -> dict[str, Array]:
+    def note(self: Server, call: Any, *deadline: Any) -> dict[str, Array]:
         noted.append(call)
-        return execute(self, call)
+        return execute(self, call, *deadline)
 
     monkeypatch.setattr(Server, "execute", note)
     return noted
