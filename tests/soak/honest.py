@@ -24,7 +24,13 @@ import pytest
 import deconvd_client
 from deconvd.direct.events import Answer, CallFailure, MethodCode
 from deconvd.direct.frame_stream import FrameStream
-from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
+from deconvd.errors import (
+    CallCancelledError,
+    DeadlineError,
+    DeconvdError,
+    ExhaustedError,
+    UnavailableError,
+)
 from deconvd.model.geometry import Geometry
 from deconvd.model.problem import Problem, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
@@ -328,9 +334,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
             client.call(random)
         except DeconvdError as error:
             when = began_s, time.monotonic()
-            is_last = not (outcome.way in BARE_WAYS and isinstance(error, UnavailableError)) or (
-                time.monotonic() > until_s
-            )
+            is_last = not _may_try_again(outcome.way, error) or time.monotonic() > until_s
             kind = type(error).__name__
             failure = Failure(
                 when, kind, str(error), is_last=is_last, was_told=_is_outcome_known(error)
@@ -342,6 +346,16 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
         else:
             outcome.answered.append((began_s, time.monotonic()))
             return
+
+
+def _may_try_again(way: str, error: DeconvdError) -> bool:
+    """Return whether a client has to make a call again by itself.
+
+    The library does that, and goes another way where the server lends no more memory, unless it is told to go no other.
+    """
+    if way == "shared_memory":
+        return isinstance(error, ExhaustedError)
+    return way in BARE_WAYS and isinstance(error, UnavailableError)
 
 
 def _is_outcome_known(error: DeconvdError) -> bool:
