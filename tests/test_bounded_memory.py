@@ -37,13 +37,14 @@ DECONVOLVE = "/deconvd.v1.DeconvolutionService/Deconvolve"
 ONE = np.ones((1, 1, 1, 1), np.float32)
 
 
-def answered_with(size_bytes: int) -> pb.DeconvolveRequest:
-    """Return a request of some 50 bytes whose y has so many."""
+def answered_with(size_bytes: int, *, waits: bool = False) -> pb.DeconvolveRequest:
+    """Return a request of some 50 bytes whose y has so many. `waits`: whether it would wait for others for long."""
     geometry = Geometry(stride=(1 << 20, 1 << 20), outsize=(size_bytes // 4096, 1024))
     return pb.DeconvolveRequest(
         x=message_from_array(ONE),
         w=message_from_array(ONE),
         geometry=message_from_geometry(geometry),
+        waits=waits,
     )
 
 
@@ -99,7 +100,7 @@ def test_answers_that_nobody_reads_count_until_they_have_left(server: ServerProc
             # another peer is served meanwhile
             with caller(server.targets[1], "Deconvolve") as call:
                 for _ in range(6):
-                    call(answered_with(16 * MIB).SerializeToString(), timeout=20)
+                    call(answered_with(16 * MIB, waits=True).SerializeToString(), timeout=20)
             assert used_bytes(server) >= 2 * 32 * MIB
         wait_until(lambda: used_bytes(server) == 0)
 
@@ -118,7 +119,7 @@ def test_small_answers_that_nobody_reads_keep_nobody_waiting(server: ServerProce
         with caller(server.targets[1], "Deconvolve") as call:
             until_s = time.monotonic() + 4
             while time.monotonic() < until_s:
-                call(answered_with(16 * MIB).SerializeToString(), timeout=20)
+                call(answered_with(16 * MIB, waits=True).SerializeToString(), timeout=20)
         assert used_bytes(server) > BUDGET_BYTES // 4
     wait_until(lambda: used_bytes(server) == 0)
 
@@ -146,7 +147,7 @@ def test_an_answer_that_nobody_reads_is_cut_in_the_end(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_reads_its_answers_gets_all_of_them(server: ServerProcess) -> None:
-    message = answered_with(32 * MIB).SerializeToString()
+    message = answered_with(32 * MIB, waits=True).SerializeToString()
     with bounded(server), caller(server.target, "Deconvolve") as call:
         answers = [call.future(message, timeout=60) for _ in range(12)]
         for answer in answers:
@@ -168,6 +169,7 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
         x=message_from_array(np.ones((1, 1, 2048, 2048), np.float32)),
         w=message_from_array(ONE),
         geometry=message_from_geometry(Geometry(pad=(1023, 1023))),
+        waits=True,
     )
     message = large.SerializeToString()
     hog = answered_with(32 * MIB).SerializeToString()

@@ -96,7 +96,10 @@ def honest_client(target: str) -> Iterator[list[float]]:
             while not done.is_set():
                 handle = timed(held.put, ONE)
                 request = pb.DeconvolveRequest(
-                    x=tensor_by_handle(ONE, handle), w=raw_tensor(ONE), session=held.session
+                    x=tensor_by_handle(ONE, handle),
+                    w=raw_tensor(ONE),
+                    session=held.session,
+                    waits=True,
                 )
                 timed(held.stub.Deconvolve, request)
                 timed(check_health, held)

@@ -87,7 +87,7 @@ def give_up(call: Any, timeout_s: float | None) -> None:
 
 
 def request(x: Array = X) -> pb.DeconvolveRequest:
-    return pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(ONE))
+    return pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(ONE), waits=True)
 
 
 def test_a_call_that_runs(served: Served, timeout_s: float | None) -> None:

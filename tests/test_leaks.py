@@ -91,7 +91,7 @@ def deconvolve_what_lies_there(F: Connection) -> None:
 
 
 def request_for(x: Array) -> pb.DeconvolveRequest:
-    return pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(W))
+    return pb.DeconvolveRequest(x=message_from_array(x), w=message_from_array(W), waits=True)
 
 
 def be_refused(callers: Callers) -> None:
@@ -128,7 +128,7 @@ def failure(rpc: Callable[[], object]) -> grpc.StatusCode:
 
 def stream_of(x: Array) -> Iterator[pb.DeconvolveStreamRequest]:
     described = pb.DeconvolveRequest(
-        x=message_from_spec(spec_of(x)), w=message_from_spec(spec_of(W))
+        x=message_from_spec(spec_of(x)), w=message_from_spec(spec_of(W)), waits=True
     )
     header = pb.DeconvolveStreamHeader(request=described, slice_samples_count=2)
     yield pb.DeconvolveStreamRequest(header=header)
@@ -208,9 +208,10 @@ def test_a_thousand_calls_of_all_kinds_leave_nothing(
     assert_idle(leak_server, callers.unix)
     after = process_resources(pid)
     assert after.memory_bytes < before.memory_bytes + SPARE_BYTES
-    # each caller may have found others' threads and connections free before, and these not now
-    assert after.threads_count <= before.threads_count + CALLERS_COUNT
-    assert after.descriptors_count <= before.descriptors_count + CALLERS_COUNT
+    # a kind of call that leaves something is made often enough to show it, while pools may still grow a little
+    spare_count = CALLS_COUNT // len(KINDS) // 2
+    assert after.threads_count <= before.threads_count + spare_count
+    assert after.descriptors_count <= before.descriptors_count + spare_count
     assert lent_bytes(pid) > 0
     callers.shared.close()
     wait_until(lambda: lent_bytes(pid) == 0)

@@ -77,16 +77,17 @@ def test_no_more_requests_are_taken_than_the_server_reads() -> None:
     taken: list[int] = []
 
     def requests() -> Iterator[bytes]:
-        for number in range(10):
+        for number in range(20):
             taken.append(number)
             yield bytes(4 << 20)  # more than gRPC sends before the server reads
 
     with calling(answer_first, requests()) as call:
         assert next(call) == b"answer"
-        assert taken == [0]
+        # one may leave, and one more: gRPC's windows grow while it runs
+        assert taken in ([0], [0, 1])
         is_answered.set()
-        assert list(call) == [b""] * 10
-        assert taken == list(range(10))
+        assert list(call) == [b""] * 20
+        assert taken == list(range(20))
 
 
 def test_a_failure_of_the_server_says_how_it_failed() -> None:
