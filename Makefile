@@ -29,6 +29,9 @@ MEASURED := COVERAGE_FILE=$(COVERAGE)/processes/data $(BIN)/coverage run -m pyte
 LANDED := proto/landed.binpb
 CUDA := $(if $(filter cuda%,$(DEVICE)),.venv/installed-cuda13)
 
+# Python compiles modules when it imports them. That is quicker than pip, which compiles all that it installs.
+export PIP_NO_COMPILE := 1
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint check-schema check coverage test-slow check-all soak test-oldest test-torch test-jax test-chainer \
@@ -58,10 +61,12 @@ check: lint ## What each commit must pass: lint, then the tests
 	$(MAKE) test PYTEST_ARGS='--ignore=tests/test_schema.py $(PYTEST_ARGS)'
 
 # Slow tests that take gigabytes, or measure how long other calls take: they run alone. Other slow ones run two at a time.
+# Only files with slow tests are read.
 ALONE := $(foreach name,crowded_residents large_tensors overload receive_limiter,tests/test_$(name).py)
+SLOW := $(filter-out $(ALONE),$(shell grep -l 'mark\.slow' tests/test_*.py))
 
 test-slow: .venv/installed-dev ## Run the slow tests
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(SLOW) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow $(ALONE) $(PYTEST_ARGS)
 
 # The schema's tests are lint's. Traced code computes more, so fewer processes than in `test` share the processors. Slow tests
@@ -82,12 +87,13 @@ soak: .venv/installed-dev ## Run honest and hostile clients against a server tha
 	$(BIN)/python -m tests.soak --seconds 90
 
 # What no version of a package changes, since other tests call the same functions of packages: direct connections, their TLS
-# and shared memory, which are sockets, Python's ssl and memory of our own below numpy and gRPC; modules that decide or copy, and
-# do no I/O; the card's and its compiler's, whose libraries are called by ctypes; several servers or processes, each of which is
+# and shared memory, which are sockets, Python's ssl and memory of our own below numpy and gRPC; what the system sets bounds to;
+# modules that decide or copy, and do no I/O; the card's and its compiler's, whose libraries are called by ctypes; several servers or processes, each of which is
 # one; what a process says to its log and to systemd, and how it ends; and what the checks say of this checkout's own files.
 # other_systems runs again what runs here.
 UNVERSIONED := accept_loop byte_stream busy_polling direct* drain_stripes early_calls shared_borrowers shared_lines \
     shared_memory_* stalled_stripes stripe_faults striped_* striping* write_progress \
+    bad_lines long_links sockets resident_memory small_machine descriptors fairness \
     adaptive_backoff admission* blocking budgets buffer_pool cache fair_queue fair_shares lru pace parallel_copy pieces ports quotas \
     resident_registry* retry_times team workload \
     cuda_* \
@@ -103,7 +109,7 @@ test-oldest: $(OLDEST)/installed ## Run the tests with the oldest packages that 
 
 test-torch: ## Run the tests of one framework's arrays; so do test-jax and test-chainer
 test-torch test-jax test-chainer: test-%: .venv/%/installed
-	.venv/$*/bin/python -m pytest tests/frameworks $(PYTEST_ARGS)
+	.venv/$*/bin/python -m pytest -n 2 --dist loadfile tests/frameworks $(PYTEST_ARGS)
 
 # MODULES='quotas arena' tries some; all take minutes. Each module's own tests are in pyproject.toml, under tool.mutation.
 mutate: .venv/installed-mutation ## Change modules that do no I/O in small ways, and see that their tests notice
