@@ -10,13 +10,10 @@ has, so the table can be made in parts; a row that is measured again replaces th
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,12 +25,20 @@ import numpy as np
 
 import deconvd_client
 from benchmarks.bare_cards import bare_cards, bare_transfers
+from benchmarks.call_options import (
+    clients_option,
+    layer_option,
+    time_option,
+    type_option,
+    warm_up_option,
+)
 from benchmarks.cards_rows import CardsFile, CardsRow
 from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
-from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
-from benchmarks.layers import LAYERS, Layer
+from benchmarks.host import host
+from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, operands_of
+from benchmarks.layers import Layer
 from benchmarks.timed_calls import Durations, time_calls, warm_up
 from deconvd.model.dtypes import Array, DType
 from deconvd.v1 import deconvd_pb2 as pb
@@ -70,56 +75,25 @@ _START_POLL_S = 0.1
     default=(1, 2),
     help="Numbers of cards.",
 )
-@click.option(
-    "--layer",
-    "layers",
-    type=click.Choice([layer.name for layer in LAYERS]),
-    multiple=True,
-    default=[layer.name for layer in SERVICE_LAYERS if not layer.name.startswith("unet")],
-)
-@click.option(
-    "--dtype",
-    "dtypes",
-    type=click.Choice(["float32", "float16"]),
-    multiple=True,
-    default=("float32", "float16"),
-)
+@layer_option([layer for layer in SERVICE_LAYERS if not layer.name.startswith("unet")])
+@type_option
 @click.option("--operands", "kinds", type=click.Choice(_OPERANDS), multiple=True, default=_OPERANDS)
-@click.option(
-    "--clients",
-    "clients_counts",
-    type=click.IntRange(min=1),
-    multiple=True,
-    default=(1, 4, 8, 16),
-    help="Numbers of client processes.",
-)
+@clients_option
 @click.option(
     "--assign/--no-assign",
     "assigns",
     default=False,
     help="Connect the clients to the server's processes in turn, rather than leave the choice to each of them.",
 )
-@click.option(
-    "--time-s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="How long the calls of a row count, and those of the bare program.",
-)
-@click.option(
-    "--warm-up-s",
-    type=click.FloatRange(min=0),
-    default=0.5,
-    show_default=True,
-    help="How long the clients call before, at most.",
-)
+@time_option
+@warm_up_option(0.5)
 def main(
     device: str,
     json_file: Path | None,
     processes: int,
     cards_counts: Sequence[int],
-    layers: Sequence[str],
-    dtypes: Sequence[str],
+    layers: Sequence[Layer],
+    dtypes: Sequence[DType],
     kinds: Sequence[str],
     clients_counts: Sequence[int],
     assigns: bool,
@@ -129,14 +103,13 @@ def main(
     """Time calls by several processes on one card and on several, beside a bare program."""
     about = {
         "card": card_name(device),
-        "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "host": host(),
         "commit": commit(),
         "processes": processes,
         "clients_are": "assigned" if assigns else "free",
     }
     file = CardsFile(json_file, about)
     durations = Durations(1_000_000, warm_up_s, time_s)
-    chosen = [layer for layer in LAYERS if layer.name in layers]
     with (
         TemporaryDirectory(prefix="deconvd-plans-") as plans,
         start_client_processes(clients_counts) as clients,
@@ -151,7 +124,7 @@ def main(
                 own_targets = _own_targets(target)
                 targets = own_targets if assigns else [target]
                 for layer, dtype, kind, clients_count in product(
-                    chosen, map(np.dtype, dtypes), kinds, clients_counts
+                    layers, dtypes, kinds, clients_counts
                 ):
                     row = CardsRow(
                         count,
@@ -215,7 +188,7 @@ def _time_client(
 ) -> float:
     """Call together with others. Return the rate in calls per second."""
     number = meet()
-    with way(ends[number % len(ends)], layer, _operands(layer, dtype), kind) as call:
+    with way(ends[number % len(ends)], layer, operands_of(layer, dtype), kind) as call:
         call()
         meet()
         warm_up(call, durations)
@@ -249,12 +222,6 @@ def _bare_calls(
             transfer()
 
         yield transfer if kind == "empty" else copy_and_transfer
-
-
-@lru_cache(maxsize=1)
-def _operands(layer: Layer, dtype: DType) -> tuple[Array, ...]:
-    """Return x and W, which a process makes once for all rows of a layer: that takes longer than many calls."""
-    return make_operands(layer, dtype)
 
 
 if __name__ == "__main__":

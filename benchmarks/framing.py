@@ -13,8 +13,6 @@ takes at most while it reads a request with 32 MiB of elements, and while it wri
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ import grpc
 import numpy as np
 
 from benchmarks.commit import commit
+from benchmarks.host import host
 from deconvd.host.malloc import raise_mmap_threshold
 from deconvd.host.startup_line import address_in_startup_line
 from deconvd.model.problem import spec_of
@@ -132,7 +131,7 @@ def main(sizes: Sequence[int], time_s: float, json_file: Path | None) -> None:
         print(f"32 MiB {name}: {read_mib:.0f} MiB more to read it, {written_mib:.0f} to write it")
     if json_file is not None:
         about = {
-            "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+            "host": host(),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }

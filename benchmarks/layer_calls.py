@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from benchmarks.layers import LAYERS, Layer
 from deconvd.model.dtypes import Array, DType
 from deconvd_client import Connection
 
-__all__ = ["SERVICE_LAYERS", "call_layer", "make_operands"]
+__all__ = ["SERVICE_LAYERS", "call_layer", "make_operands", "operands_of"]
 
 _SERVICE_NAMES = (
     "generator 128-64 32",
@@ -31,6 +32,12 @@ def make_operands(
     problem = layer.problem(dtype)
     specs = (problem.x, problem.W, *([problem.y] if is_of_gradients else []))
     return tuple(generator.standard_normal(s.shape, np.float32).astype(dtype) for s in specs)
+
+
+@lru_cache(maxsize=1)
+def operands_of(layer: Layer, dtype: DType) -> tuple[Array, ...]:
+    """Return x and W, which a process makes once for all rows of a layer: that takes longer than many calls."""
+    return make_operands(layer, dtype)
 
 
 def call_layer(F: Connection, layer: Layer, operands: Sequence[Array]) -> None:

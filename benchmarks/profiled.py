@@ -105,7 +105,7 @@ def start_profiling() -> Iterator[Profile]:
     threading.setprofile(begin_thread)
     sys.setprofile(begin_thread)
     # those of `threading` are started by a name of its own
-    _thread.start_new_thread = start_profiled  # type: ignore[assignment]
+    _thread.start_new_thread = start_profiled  # type: ignore[assignment]  # without keywords
     try:
         yield profile
     finally:

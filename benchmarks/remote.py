@@ -9,26 +9,31 @@ that is measured again replaces the one before.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import click
 import numpy as np
 
 import deconvd_client
+from benchmarks.call_options import (
+    clients_option,
+    layer_option,
+    time_option,
+    type_option,
+    warm_up_option,
+)
 from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
-from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
-from benchmarks.layers import LAYERS, Layer
+from benchmarks.host import host
+from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, operands_of
+from benchmarks.layers import Layer
 from benchmarks.remote_rows import FLOOR_PATH, RemoteRow, RowsFile
 from benchmarks.timed_calls import Durations, time_calls, warm_up
-from deconvd.model.dtypes import Array, DType
+from deconvd.model.dtypes import DType
 from deconvd_client.cli.bare_sockets import bare_calls, bare_server
 from examples.local_server import local_server
 
@@ -44,37 +49,11 @@ _TIMEOUT_S = 300.0
 @click.command()
 @click.option("--device", default="cpu", show_default=True, help="As of deconvd-server.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option(
-    "--layer",
-    "layers",
-    type=click.Choice([layer.name for layer in LAYERS]),
-    multiple=True,
-    default=[layer.name for layer in SERVICE_LAYERS],
-)
-@click.option(
-    "--type",
-    "dtypes",
-    type=click.Choice(["float32", "float16"]),
-    multiple=True,
-    default=("float32", "float16"),
-    help="Element types.",
-)
-@click.option(
-    "--clients",
-    "clients_counts",
-    type=click.IntRange(min=1),
-    multiple=True,
-    default=(1, 4, 8, 16),
-    help="Numbers of client processes.",
-)
+@layer_option(SERVICE_LAYERS)
+@type_option
+@clients_option
 @click.option("--path", "paths", type=click.Choice(_PATHS), multiple=True, default=_PATHS)
-@click.option(
-    "--time-s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="How long the calls of a row count.",
-)
+@time_option
 @click.option(
     "--warm-up-calls",
     type=click.IntRange(min=0),
@@ -82,18 +61,12 @@ _TIMEOUT_S = 300.0
     show_default=True,
     help="Calls of each client before, at most.",
 )
-@click.option(
-    "--warm-up-s",
-    type=click.FloatRange(min=0),
-    default=1.5,
-    show_default=True,
-    help="How long those calls take, at most.",
-)
+@warm_up_option(1.5)
 def main(
     device: str,
     json_file: Path | None,
-    layers: Sequence[str],
-    dtypes: Sequence[str],
+    layers: Sequence[Layer],
+    dtypes: Sequence[DType],
     clients_counts: Sequence[int],
     paths: Sequence[str],
     time_s: float,
@@ -103,7 +76,7 @@ def main(
     """Time calls over TCP, and by other ways, as parts of what a bare program reaches over TCP."""
     about = {
         "card": card_name(device),
-        "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "host": host(),
         "commit": commit(),
     }
     file = RowsFile(json_file, about)
@@ -111,8 +84,8 @@ def main(
     with ExitStack() as stack:
         addresses = _start_servers(stack, device, paths)
         clients = stack.enter_context(start_client_processes(clients_counts))
-        for layer in (layer for layer in LAYERS if layer.name in layers):
-            for dtype in map(np.dtype, dtypes):
+        for layer in layers:
+            for dtype in dtypes:
                 for count in clients_counts:
                     for path, address in addresses.items():
                         row = _row(clients, layer, dtype, count, path, address, durations)
@@ -164,7 +137,7 @@ def _time_client(
 @contextmanager
 def _calls(layer: Layer, dtype: DType, path: str, address: str) -> Iterator[Callable[[], None]]:
     """Connect by a path, and give what makes a call."""
-    operands = _operands(layer, dtype)
+    operands = operands_of(layer, dtype)
     if path in _BARE_CONNECTIONS:
         sent = np.concatenate([array.reshape(-1).view(np.uint8) for array in operands])
         received = np.ones(layer.problem(dtype).y.nbytes, np.uint8)
@@ -173,12 +146,6 @@ def _calls(layer: Layer, dtype: DType, path: str, address: str) -> Iterator[Call
         return
     with deconvd_client.connect(address, transport=path, timeout_s=_TIMEOUT_S) as F:
         yield lambda: call_layer(F, layer, operands)
-
-
-@lru_cache(maxsize=1)
-def _operands(layer: Layer, dtype: DType) -> tuple[Array, ...]:
-    """Return x and W, which a process makes once for all rows of a layer: that takes longer than many calls."""
-    return make_operands(layer, dtype)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ keep nothing.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +32,7 @@ import numpy as np
 import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.floor import card_name
+from benchmarks.host import host
 from benchmarks.layers import Layer
 from benchmarks.ports import free_port
 from benchmarks.wire import count_traffic
@@ -223,7 +222,7 @@ def main(device: str, json_file: Path | None, samples: int | None) -> None:
     if json_file is not None:
         about = {
             "card": card_name(device),
-            "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+            "host": host(),
             "samples": n,
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,11 +24,12 @@ import click
 import numpy as np
 
 import deconvd_client
+from benchmarks.call_options import layer_option
 from benchmarks.client_processes import ClientProcesses, Meet, start_client_processes
 from benchmarks.commit import commit
 from benchmarks.floor import card_name, floor_ms
 from benchmarks.layer_calls import SERVICE_LAYERS, call_layer, make_operands
-from benchmarks.layers import LAYERS, Layer
+from benchmarks.layers import Layer
 from benchmarks.stock import StockCall, stock_operator, stock_service
 from deconvd.model.dtypes import Array, DType
 from deconvd.wire.ledger import OVERLAP_ENTRY
@@ -97,13 +98,7 @@ class ServiceRow:
 @click.command()
 @click.option("--device", default="cpu", show_default=True, help="As of deconvd-server.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option(
-    "--layer",
-    "layers",
-    type=click.Choice([layer.name for layer in LAYERS]),
-    multiple=True,
-    default=[layer.name for layer in SERVICE_LAYERS],
-)
+@layer_option(SERVICE_LAYERS)
 @click.option("--only-latency", is_flag=True, help="Of one client of ours, beside the floor.")
 @click.option("--gradients", is_flag=True, help="Calls for gx and gW; with --only-latency.")
 @click.option(
@@ -112,7 +107,7 @@ class ServiceRow:
 def main(
     device: str,
     json_file: Path | None,
-    layers: Sequence[str],
+    layers: Sequence[Layer],
     dtypes: Sequence[str],
     *,
     only_latency: bool,
@@ -161,10 +156,10 @@ class _ServiceSetup:
 
 
 def _rows(
-    bench: _ServiceSetup, names: Sequence[str], dtypes: Sequence[DType]
+    bench: _ServiceSetup, layers: Sequence[Layer], dtypes: Sequence[DType]
 ) -> Iterator[ServiceRow]:
-    for layer in LAYERS:
-        for dtype in dtypes if layer.name in names else ():
+    for layer in layers:
+        for dtype in dtypes:
             yield _row(bench, layer, dtype)
 
 

@@ -154,6 +154,17 @@ def device_F(device_server: ServerProcess) -> Iterator[deconvd_client.Connection
         yield connection
 
 
+@pytest.fixture(scope="module")
+def card_F(tmp_path_factory: pytest.TempPathFactory) -> Iterator[deconvd_client.Connection]:
+    """A connection to a server on a card, for tests of a framework's arrays: calls give the same bits each time."""
+    with (
+        server_process(tmp_path_factory.mktemp("server"), device="cuda") as running,
+        deconvd_client.connect(running.target) as connection,
+        connection.using_config("cudnn_deterministic", True),
+    ):
+        yield connection
+
+
 @pytest.fixture
 def path(socket_directory: Path) -> Path:
     """Where memory is lent."""

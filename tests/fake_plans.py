@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,7 @@ class FakePlanTimer:
 class FakeBuildThreads:
     """A thread without a card."""
 
-    class stream:
-        pointer = 0
+    stream: Any = SimpleNamespace(pointer=0)
 
     def __init__(self, *, card_lost: bool = False) -> None:
         self.card_lost = card_lost

@@ -296,7 +296,7 @@ def _is_good(room: Room, jobs_count: int, is_verbose: bool) -> bool:
         f"{room.module}: {killed_count}/{len(verdicts)} killed, {len(survivors)} left of "
         f"{room.equivalents_count} that make no difference ({time.monotonic() - begin_s:.0f} s)"
     )
-    print(summary, *([] if is_good else survivors), sep="\n", flush=True)  # noqa: T201
+    print(summary, *([] if is_good else survivors), sep="\n", flush=True)  # noqa: T201 - a command's output
     return is_good
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "memory_bytes",
     "peak_memory_bytes",
     "process_resources",
+    "processor_s",
     "wait_until",
     "watch_memory",
 ]
@@ -65,13 +66,13 @@ def memory_bytes(pid: int) -> int:
 
 def is_idle(pid: int) -> bool:
     """Return whether a process does next to nothing for a moment."""
-    before_s = _processor_s(pid)
+    before_s = processor_s(pid)
     time.sleep(_REST_S)
-    return _processor_s(pid) - before_s < _REST_S / 4
+    return processor_s(pid) - before_s < _REST_S / 4
 
 
-def _processor_s(pid: int) -> float:
-    """Return what a process has used of processors."""
+def processor_s(pid: int) -> float:
+    """Return how long a process has computed, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

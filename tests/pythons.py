@@ -49,7 +49,7 @@ def _said_by(program: Path, *arguments: str) -> str:
 def main(version: str) -> int:
     """Print the path, or what to install, and return the exit code."""
     if (python := find_python(version)) is not None:
-        print(python)  # noqa: T201
+        print(python)  # noqa: T201 - a command's output
         return 0
     sys.stderr.write(
         f"There is no Python {version} that can make environments: not on PATH, not in pyenv, not from uv.\n"

@@ -328,7 +328,7 @@ def test_calls_beyond_the_limit_wait_and_can_be_cancelled(held: HeldServer) -> N
             await wait_until(is_running)
             second = asyncio.create_task(F.deconvolution_2d(X, W))
             third = asyncio.create_task(F.deconvolution_2d(X, W))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # both begin
             second.cancel()
             assert (await load(other))[:2] == (1, 0)
             held.release()
@@ -345,7 +345,7 @@ def test_the_deadline_bounds_the_wait_for_a_turn(held: HeldServer) -> None:
         async with connect(held.unix_target, max_concurrent_calls=1, timeout_s=0.5) as F:
             may_end = threading.Event()
             busy = asyncio.create_task(F._awaiter.call(may_end.wait, TIMEOUT_S))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it begins
             with pytest.raises(DeadlineError, match="max_concurrent_calls"):
                 await F.deconvolution_2d(X, W)
             may_end.set()
@@ -359,7 +359,7 @@ def test_close_ends_calls_without_cancelling_their_tasks(held: HeldServer) -> No
         F = deconvd_client.aio.connect(held.unix_target, max_concurrent_calls=2)
         held.hold()
         tasks = [asyncio.create_task(F.deconvolution_2d(X, W)) for _ in range(5)]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # they begin
         await F.close()
         held.release()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -77,7 +77,11 @@ class ScriptedSet:
 
     def call(self, timeout_s: float = 10.0) -> str:
         preference: Preference[Any] = Preference(holders=self.balancer.members)
-        work: Callable[[Any, Deadline], str] = lambda server, _: server.serve()  # noqa: E731
+
+        def work(server: Any, _: Deadline) -> str:
+            answer: str = server.serve()
+            return answer
+
         return self.runner.run(work, lambda: preference, 0, Deadline(timeout_s))
 
 

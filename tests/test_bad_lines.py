@@ -224,17 +224,22 @@ def test_a_connection_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyP
             F.deconvolution_2d(LARGE, TWICE)
 
 
+def cuts_by(fault: Fault) -> list[LinkConditions]:
+    """Return links that have a fault at five places of a large call, in each direction."""
+    return [
+        LinkConditions(fault=fault, direction=way, after_bytes=part * LARGE.nbytes // 7)
+        for way in Direction
+        for part in range(1, 6)
+    ]
+
+
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
 def test_cut_calls_leave_nothing_on_the_server(tcp_server: ServerProcess, fault: Fault) -> None:
     pid = tcp_server.process.pid
     with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
         before = process_resources(pid)
-        cuts = [
-            LinkConditions(fault=fault, direction=way, after_bytes=part * LARGE.nbytes // 7)
-            for way in Direction
-            for part in range(1, 6)
-        ]
+        cuts = cuts_by(fault)
         timeout_s = 0.5 if fault is Fault.HANG else 10.0
         with faulty_proxy(tcp_server.target, *cuts) as proxy:
             while proxy.faults_count <= max(STREAMS_COUNT, len(cuts)):
@@ -255,11 +260,7 @@ def test_direct_calls_that_are_cut_leave_nothing_on_the_server(
     with connected(tcp_server.target) as F:
         assert_right(F, LARGE)
         before = process_resources(pid)
-        cuts = [
-            LinkConditions(fault=fault, direction=way, after_bytes=part * LARGE.nbytes // 7)
-            for way in Direction
-            for part in range(1, 6)
-        ]
+        cuts = cuts_by(fault)
         # a call that ends at its deadline may not have come as far as the fault
         timeout_s = 1.0 if fault is Fault.HANG else 10.0
         with directly_connected(tcp_server, *cuts, timeout_s=timeout_s) as (proxy, hasty):

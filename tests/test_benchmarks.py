@@ -354,7 +354,7 @@ def test_far_calls_are_timed_beside_the_bare_program_in_parts_of_one_table(
 
 def test_calls_to_several_processes_are_counted_beside_the_bare_program(tmp_path: Path) -> None:
     results = tmp_path / "cards.json"
-    options = ["--device", "cpu", "--layer", "tiny 8-4 8 k4 s2", "--dtype", "float32"]
+    options = ["--device", "cpu", "--layer", "tiny 8-4 8 k4 s2", "--type", "float32"]
     options += ["--processes", "2", "--assign", "--time-s", "0.1", "--warm-up-s", "0"]
 
     for more in (["--operands", "plain"], ["--operands", "empty"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from deconvd.direct.byte_stream import SocketStream
 from deconvd.direct.connection_errors import ConnectionClosedError, ConnectionTimeoutError
 from deconvd.direct.events import ProgressReport
 from deconvd_server.transports.direct.last_caller import LastCaller
+from tests.processes import processor_s
 from tests.servers import server_process
 from tests.stream_pairs import overlapped_streams
 
@@ -189,12 +189,6 @@ def test_a_server_that_nobody_calls_takes_no_time(tmp_path: Path) -> None:
     with server_process(tmp_path) as server, deconvd_client.connect(server.target) as F:
         for _ in range(300):
             F.deconvolution_2d(x, W)
-        before_s = _processor_s(server.process.pid)
+        before_s = processor_s(server.process.pid)
         time.sleep(1)
-        assert _processor_s(server.process.pid) - before_s < 0.3
-
-
-def _processor_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    user, system = fields[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        assert processor_s(server.process.pid) - before_s < 0.3

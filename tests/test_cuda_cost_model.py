@@ -119,11 +119,11 @@ class AskedCandidates(Candidates):
 
 
 def contenders(
-    drawn: RandomProblem, *, limit_bytes: int = 1 << 30, **options: object
+    drawn: RandomProblem, *, limit_bytes: int = 1 << 30, **options: Any
 ) -> tuple[list[str], int]:
     """Return the names of the plans that are picked for a problem, and how often cuDNN was asked."""
     candidates = AskedCandidates()
-    changed = replace(drawn.options, **options)  # type: ignore[arg-type]
+    changed = replace(drawn.options, **options)
     key = PlanKey.of(drawn.product, drawn.problem, changed, limit_bytes)
     names = [candidate.choice.name for candidate in candidates.contenders(key, 0)]
     return names, candidates.asked_count
@@ -168,7 +168,7 @@ def test_plans_whose_workspace_is_too_large_are_no_picks() -> None:
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> tuple[str, float | None]:
-    choice = tuner_of(candidates).choose(key_of(options), FakeBuildThreads.stream).choice  # type: ignore[arg-type]
+    choice = tuner_of(candidates).choose(key_of(options), FakeBuildThreads.stream).choice
     return choice.name, choice.tuned_ms
 
 

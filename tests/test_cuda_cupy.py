@@ -126,7 +126,7 @@ def test_results_are_operands_of_the_next_call_where_they_lie(F: Connection) -> 
     expected = F.deconvolution_2d(F.deconvolution_2d(x, W, **GEOMETRY), W, **GEOMETRY)
 
     y = F.deconvolution_2d(cupy.asarray(x), cupy.asarray(W), **GEOMETRY)
-    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]  # it has one
     taken_bytes = borrower.allocated_bytes
     z = F.deconvolution_2d(y, cupy.asarray(W), **GEOMETRY)
 
@@ -146,7 +146,7 @@ def test_results_stay_as_they_are_while_they_are_held_and_their_memory_is_used_a
     base = F.deconvolution_2d(x, W, **GEOMETRY)[1:3, ::2]
     for n, y in held:
         np.testing.assert_allclose(cupy.asnumpy(y), n * base, rtol=1e-4, atol=1e-3)
-    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]
+    (borrower,) = only_server(F)._card_dispatcher._borrowers.values()  # type: ignore[union-attr]  # it has one
     del held, y
     gc.collect()
     assert borrower.allocated_bytes < 2 * W_card.nbytes

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-
-import deconvd_client
-from deconvd_client import Connection
-from tests.servers import server_process
 
 pytestmark = pytest.mark.gpu
 
@@ -21,16 +16,6 @@ jax: Any = pytest.importorskip("jax")
 cupy: Any = pytest.importorskip("cupy")
 
 GEOMETRY: dict[str, Any] = {"stride": 2, "pad": 1}
-
-
-@pytest.fixture(scope="module")
-def F(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
-    with (
-        server_process(tmp_path_factory.mktemp("server"), device="cuda") as running,
-        deconvd_client.connect(running.target) as connection,
-        connection.using_config("cudnn_deterministic", True),
-    ):
-        yield connection
 
 
 @pytest.fixture
@@ -49,7 +34,9 @@ def on_card(arrays: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("operands", ["float16", "bfloat16", "float32"], indirect=True)
-def test_arrays_on_a_card_stay_there_and_have_the_same_bits(F: Any, operands: list[Any]) -> None:
+def test_arrays_on_a_card_stay_there_and_have_the_same_bits(
+    card_F: Any, operands: list[Any]
+) -> None:
     from deconvd_client.frameworks.jax_arrays import raw_array
 
     card = on_card(operands)
@@ -57,22 +44,22 @@ def test_arrays_on_a_card_stay_there_and_have_the_same_bits(F: Any, operands: li
         shared = raw_array(array)
         assert isinstance(shared, cupy.ndarray)
         assert shared.data.ptr == array.unsafe_buffer_pointer()
-    y = F.deconvolution_2d(*card, **GEOMETRY)
+    y = card_F.deconvolution_2d(*card, **GEOMETRY)
     assert isinstance(y, jax.Array)
     assert y.device == card[0].device
-    expected = F.deconvolution_2d(*operands, **GEOMETRY)
+    expected = card_F.deconvolution_2d(*operands, **GEOMETRY)
     np.testing.assert_array_equal(np.asarray(y), expected)
 
-    found = F.deconvolution_2d_grad(*card, y, **GEOMETRY)
-    gradients = F.deconvolution_2d_grad(*operands, expected, **GEOMETRY)
+    found = card_F.deconvolution_2d_grad(*card, y, **GEOMETRY)
+    gradients = card_F.deconvolution_2d_grad(*operands, expected, **GEOMETRY)
     for ours, theirs in zip(found, gradients, strict=True):
         assert ours.device == card[0].device
         np.testing.assert_array_equal(np.asarray(ours), theirs)
 
 
-def test_a_call_waits_for_what_jax_still_computes(F: Any, operands: list[Any]) -> None:
+def test_a_call_waits_for_what_jax_still_computes(card_F: Any, operands: list[Any]) -> None:
     x, W, _ = on_card(operands)
-    expected = F.deconvolution_2d(np.asarray(x) * 2, np.asarray(W), **GEOMETRY)
+    expected = card_F.deconvolution_2d(np.asarray(x) * 2, np.asarray(W), **GEOMETRY)
     identity = jax.device_put(np.eye(24, dtype=np.float32), x.device)
 
     def delay(array: Any) -> Any:
@@ -80,21 +67,23 @@ def test_a_call_waits_for_what_jax_still_computes(F: Any, operands: list[Any]) -
 
     with jax.default_matmul_precision("highest"):
         late = jax.jit(delay)(x)
-    np.testing.assert_array_equal(np.asarray(F.deconvolution_2d(late, W, **GEOMETRY)), expected)
+    np.testing.assert_array_equal(
+        np.asarray(card_F.deconvolution_2d(late, W, **GEOMETRY)), expected
+    )
 
 
 def test_compiled_functions_and_their_gradients_compute_on_the_card(
-    F: Any, operands: list[Any]
+    card_F: Any, operands: list[Any]
 ) -> None:
     x, W, b = on_card(operands)
 
     def loss(x: Any, W: Any, b: Any) -> Any:
-        return (F.deconvolution_2d(x, W, b, **GEOMETRY) ** 2).sum() / 2
+        return (card_F.deconvolution_2d(x, W, b, **GEOMETRY) ** 2).sum() / 2
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, W, b)
 
-    y = F.deconvolution_2d(*operands, **GEOMETRY)
-    expected = F.deconvolution_2d_grad(*operands, y, **GEOMETRY)
+    y = card_F.deconvolution_2d(*operands, **GEOMETRY)
+    expected = card_F.deconvolution_2d_grad(*operands, y, **GEOMETRY)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert ours.device == x.device
         scale = float(np.abs(theirs).max())

@@ -291,7 +291,7 @@ def test_tiles_of_images_are_whole_vectors_and_their_grids_cover_all_channels() 
                     per_block = rows * stride_w
                     if macros["IN_REGISTERS"] == "1":
                         per_block *= int(lanes.value or 0)
-                    channels = getattr(layout, "packed_channels")  # noqa: B009
+                    channels = getattr(layout, "packed_channels")  # noqa: B009 - layouts of other kinds lack it
                     blocks = launch.grid[1]
                     assert (blocks - 1) * per_block < channels <= blocks * per_block
                     widths.add(stride_w)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,13 +30,13 @@ ORIGIN: dict[str, str | int] = {"deconvd": 1, "cudnn": 91900, "card": "NVIDIA H2
 CHOICE = Choice(Provider.CUDNN_NHWC, "cudnn nhwc engine 73", False, '{"engine": 73}', 0.05)
 
 
-def with_geometry(**changes: object) -> PlanKey:
-    geometry = replace(GEOMETRY, **changes)  # type: ignore[arg-type]
+def with_geometry(**changes: Any) -> PlanKey:
+    geometry = replace(GEOMETRY, **changes)
     return PlanKey.of(Product.Y, Problem(PROBLEM.x, PROBLEM.W, geometry), Options(), 1 << 20)
 
 
-def with_options(**changes: object) -> PlanKey:
-    return PlanKey.of(Product.Y, PROBLEM, Options(**changes), 1 << 20)  # type: ignore[arg-type]
+def with_options(**changes: Any) -> PlanKey:
+    return PlanKey.of(Product.Y, PROBLEM, Options(**changes), 1 << 20)
 
 
 def with_specs(x: TensorSpec, W: TensorSpec, options: Options | None = None) -> PlanKey:

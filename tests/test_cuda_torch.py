@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-import deconvd_client
 from deconvd_client import Connection
-from tests.servers import server_process
 
 pytestmark = pytest.mark.gpu
 
@@ -20,16 +17,6 @@ cupy: Any = pytest.importorskip("cupy")
 GEOMETRY: dict[str, Any] = {"stride": 2, "pad": 1}
 
 
-@pytest.fixture(scope="module")
-def F(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
-    with (
-        server_process(tmp_path_factory.mktemp("server"), device="cuda") as running,
-        deconvd_client.connect(running.target) as connection,
-        connection.using_config("cudnn_deterministic", True),
-    ):
-        yield connection
-
-
 def operands(dtype: Any) -> list[Any]:
     """Return x, W and b on the host."""
     torch.manual_seed(0)
@@ -37,7 +24,7 @@ def operands(dtype: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
-def test_tensors_on_a_card_stay_there_and_have_the_same_bits(F: Connection, name: str) -> None:
+def test_tensors_on_a_card_stay_there_and_have_the_same_bits(card_F: Connection, name: str) -> None:
     from deconvd_client.frameworks.torch_tensors import array_of
 
     host = operands(getattr(torch, name))
@@ -48,16 +35,18 @@ def test_tensors_on_a_card_stay_there_and_have_the_same_bits(F: Connection, name
         shared = array_of(tensor)
         assert isinstance(shared, cupy.ndarray)
         assert shared.data.ptr == tensor.data_ptr()
-    y: Any = F.deconvolution_2d(card[0], card[1], card[2], **GEOMETRY)
+    y: Any = card_F.deconvolution_2d(card[0], card[1], card[2], **GEOMETRY)
     assert y.device == card[0].device
-    expected = F.deconvolution_2d(arrays[0], arrays[1], arrays[2], **GEOMETRY)
+    expected = card_F.deconvolution_2d(arrays[0], arrays[1], arrays[2], **GEOMETRY)
     np.testing.assert_array_equal(array_of(y.cpu()), expected)
 
     inputs = [tensor.requires_grad_() for tensor in card]
-    recorded: Any = F.deconvolution_2d(inputs[0], inputs[1], inputs[2], **GEOMETRY)
-    with F.using_config("cudnn_deterministic", True):
-        gradients = F.deconvolution_2d_grad(arrays[0], arrays[1], arrays[2], expected, **GEOMETRY)
-        found = F.deconvolution_2d_grad(
+    recorded: Any = card_F.deconvolution_2d(inputs[0], inputs[1], inputs[2], **GEOMETRY)
+    with card_F.using_config("cudnn_deterministic", True):
+        gradients = card_F.deconvolution_2d_grad(
+            arrays[0], arrays[1], arrays[2], expected, **GEOMETRY
+        )
+        found = card_F.deconvolution_2d_grad(
             card[0].detach(), card[1].detach(), card[2].detach(), y, **GEOMETRY
         )
     for ours, theirs in zip(found, gradients, strict=True):
@@ -74,22 +63,22 @@ def test_tensors_on_a_card_stay_there_and_have_the_same_bits(F: Connection, name
         )
 
 
-def test_a_call_waits_for_what_the_current_stream_of_torch_computes(F: Connection) -> None:
+def test_a_call_waits_for_what_the_current_stream_of_torch_computes(card_F: Connection) -> None:
     x, W, _ = (tensor.cuda() for tensor in operands(torch.float32))
-    expected: Any = F.deconvolution_2d(x * 2, W, **GEOMETRY)
+    expected: Any = card_F.deconvolution_2d(x * 2, W, **GEOMETRY)
     with torch.cuda.stream(torch.cuda.Stream()):
         late = x.clone()
         for _ in range(200):
             late = late @ torch.eye(24, device="cuda")
-        y: Any = F.deconvolution_2d(late * 2, W, **GEOMETRY) + 0
+        y: Any = card_F.deconvolution_2d(late * 2, W, **GEOMETRY) + 0
         torch.cuda.current_stream().synchronize()
     torch.testing.assert_close(y, expected)
 
 
-def test_a_layer_trains_on_the_card_as_torchs_own(F: Connection) -> None:
+def test_a_layer_trains_on_the_card_as_torchs_own(card_F: Connection) -> None:
     from deconvd_client.torch import ConvTranspose2d
 
-    ours = ConvTranspose2d(4, 6, 4, 2, 1, device="cuda", dtype=torch.float64, connection=F)
+    ours = ConvTranspose2d(4, 6, 4, 2, 1, device="cuda", dtype=torch.float64, connection=card_F)
     theirs = torch.nn.ConvTranspose2d(4, 6, 4, 2, 1, device="cuda", dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 4, 8, 8, device="cuda", dtype=torch.float64, requires_grad=True)

@@ -29,7 +29,7 @@ from tests.fake_plans import (
 
 
 def chosen(candidates: FakeCandidates, options: Options) -> Candidate:
-    return tuner_of(candidates).choose(key_of(options), FakeBuildThreads.stream)  # type: ignore[arg-type]
+    return tuner_of(candidates).choose(key_of(options), FakeBuildThreads.stream)
 
 
 TUNED = Options(autotune=True)
@@ -90,13 +90,13 @@ def test_one_candidate_is_timed_however_long_they_took_to_make() -> None:
     candidates = FakeCandidates(FakePlan("a", FAILS), FakePlan("b", 1.0))
     chooser = tuner_of(candidates, tuning_limit_s=0)
 
-    best = chooser.choose(key_of(TUNED), FakeBuildThreads.stream)  # type: ignore[arg-type]
+    best = chooser.choose(key_of(TUNED), FakeBuildThreads.stream)
 
     # a is all that there was time to make, and does not run
     assert best.choice.name == "fallback"
 
     runs = tuner_of(FakeCandidates(FakePlan("b", 1.0)), tuning_limit_s=0)
-    assert runs.choose(key_of(TUNED), FakeBuildThreads.stream).choice.name == "b"  # type: ignore[arg-type]
+    assert runs.choose(key_of(TUNED), FakeBuildThreads.stream).choice.name == "b"
 
 
 def get(book: PlanCache, options: Options = TUNED) -> str:

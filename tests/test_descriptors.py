@@ -122,7 +122,7 @@ def test_those_of_the_peer_that_has_most_go_first_and_of_these_the_idle() -> Non
             client = socket.create_connection(listener.getsockname(), source_address=(host, 0))
             stack.enter_context(client)
             accepted.append(stack.enter_context(listener.accept()[0]))
-            time.sleep(0.05)
+            time.sleep(0.05)  # the kernel counts in milliseconds how long each has been idle
         accepted[1].send(b"it is not idle")
         descriptors = [one.fileno() for one in accepted]
 

@@ -70,7 +70,13 @@ from tests.direct_calls import (
     wait_until_idle,
 )
 from tests.fault_proxy import CLEAN, faulty_proxy
-from tests.processes import end_forked_child, peak_memory_bytes, process_resources, wait_until
+from tests.processes import (
+    end_forked_child,
+    peak_memory_bytes,
+    process_resources,
+    processor_s,
+    wait_until,
+)
 from tests.servers import ServerProcess, server_process
 from tests.stream_pairs import client_stream, send_raw, server_stream
 
@@ -639,7 +645,7 @@ def test_a_forked_child_has_lines_of_its_own(running: ServerProcess) -> None:
         told = get_server_info(running)
         lines = DirectTransport(way, lambda: told)
         request = REQUEST.SerializeToString()
-        assert lines.unary("Deconvolve", request, short_deadline())[0]
+        wait_until(lambda: _gets_line(lines))
         child = os.fork()
         if not child:
             replies = [lines.unary("Deconvolve", request, short_deadline()) for _ in range(200)]
@@ -681,20 +687,14 @@ def test_a_server_that_is_short_of_descriptors_takes_lines_again_later(
             for _ in range(8):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             wait_until(lambda: "Too many open files" in running.log.read_text())
-            busy_s = _processor_s(pid)
+            busy_s = processor_s(pid)
             time.sleep(0.5)
-            assert _processor_s(pid) < busy_s + 0.2
+            assert processor_s(pid) < busy_s + 0.2
             F.deconvolution_2d(X, W)  # the line that it has goes on
         assert running.log.read_text().count("Too many open files") == 1
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
         with deconvd_client.connect(running.target, transport="unix") as other:
             until_direct(other, running, "unix")
-
-
-def _processor_s(pid: int) -> float:
-    """Return the time that a process has computed."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_what_the_parts_raise_is_the_callers(running: ServerProcess) -> None:
@@ -758,6 +758,7 @@ def test_a_request_is_sent_to_its_end_unless_the_server_refuses_it(is_refused: b
         info = pb.GetServerInfoResponse(direct_port=port, instance_id=instance.hex())
         lines = DirectTransport(TcpConnector("127.0.0.1"), lambda: info)
         serving = pool.submit(serve, listener)
+        assert lines.open_idle()  # a call would wait for a tenth of a second alone
         talk = StreamAttempt(
             MethodCode.PutTensor,
             parts(),

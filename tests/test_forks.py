@@ -58,7 +58,7 @@ def test_a_fork_waits_for_work_under_way_and_work_for_a_fork() -> None:
     def work() -> None:
         with ForkBlocker():
             is_under_way.set()
-            time.sleep(0.2)
+            time.sleep(0.2)  # a fork that did not wait would be over before
             is_ended[0] = True
 
     worker = threading.Thread(target=work)

@@ -24,6 +24,9 @@ from tests.fake_framework import (
     FakeTracingFramework,
 )
 
+fake: Callable[..., Any] = FakeTensor
+"""Makes a tensor of a framework that type checkers do not know."""
+
 random = np.random.default_rng(0)
 X = random.standard_normal((2, 3, 8, 8), np.float32)
 W = random.standard_normal((3, 2, 3, 3), np.float32)
@@ -76,8 +79,8 @@ def test_results_are_of_the_kind_of_x_and_on_its_device(
     F: Connection, opened: list[FakeFramework]
 ) -> None:
     x: Any = FakeTensor(X, "there")
-    y: Any = F.deconvolution_2d(x, FakeTensor(W), FakeTensor(B))  # type: ignore[arg-type]
-    gradients: Any = F.deconvolution_2d_grad(x, W, B, FakeTensor(GY))  # type: ignore[arg-type]
+    y: Any = F.deconvolution_2d(x, fake(W), fake(B))
+    gradients: Any = F.deconvolution_2d_grad(x, W, B, fake(GY))
 
     np.testing.assert_array_equal(elements(y), F.deconvolution_2d(X, W, B))
     assert_same(map(elements, gradients), F.deconvolution_2d_grad(X, W, B, GY))
@@ -86,7 +89,7 @@ def test_results_are_of_the_kind_of_x_and_on_its_device(
 
 def test_operands_are_made_into_arrays_once(F: Connection, opened: list[FakeFramework]) -> None:
     x: Any = FakeTensor(X)
-    F.deconvolution_2d(x, FakeTensor(W))  # type: ignore[arg-type]
+    F.deconvolution_2d(x, fake(W))
     F.deconvolution_2d_grad(x, W, None, GY, wanted=["gx"])
 
     assert [framework.arrays_count for framework in opened] == [3]
@@ -156,8 +159,8 @@ def test_a_pullback_answers_in_the_kind_of_what_it_is_given(
 def test_elements_on_the_host_are_shared_and_those_on_a_card_copied_once(
     F: Connection, opened: list[FakeFramework]
 ) -> None:
-    on_card = FakeCardTensor(X)
-    F.put(on_card)  # type: ignore[arg-type]
+    on_card: Any = FakeCardTensor(X)
+    F.put(on_card)
 
     assert on_card.copies_count == 1
     assert opened[0].arrays_count == 1
@@ -168,11 +171,11 @@ def test_elements_on_the_host_are_shared_and_those_on_a_card_copied_once(
 def test_arguments_are_checked_as_of_arrays(F: Connection, opened: list[FakeFramework]) -> None:
     x: Any = FakeTensor(X)
     with pytest.raises(InvalidArgumentError, match="input channels"):
-        F.deconvolution_2d(x, FakeTensor(W[:2]))  # type: ignore[arg-type]
+        F.deconvolution_2d(x, fake(W[:2]))
     with pytest.raises(InvalidArgumentError, match="x must have 4 dimensions"):
-        F.deconvolution_2d(FakeTensor(B), W)  # type: ignore[arg-type]
+        F.deconvolution_2d(fake(B), W)
     with pytest.raises(InvalidArgumentError, match="int64"):
-        F.put(FakeTensor(np.arange(3)))  # type: ignore[arg-type]
+        F.put(fake(np.arange(3)))
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -311,7 +314,7 @@ def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
 class _Unhashable(type):
     """What a type is an instance of that no dictionary takes."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as Python says it
 
     def __eq__(cls, other: object) -> bool:
         return cls is other

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def G(both: ServerProcess, way: str) -> Iterator[Connection]:
         work(G)
     yield G
     for work in WORK.values():
-        within_bound(lambda work=work: work(G))  # type: ignore[misc]
+        within_bound(partial(work, G))
     check_way(G, way)
     within_bound(G.close)
 

@@ -278,7 +278,7 @@ def test_a_server_waits_while_another_of_the_same_user_is_at_the_same_socket(
 
     with ThreadPoolExecutor(1) as pool:
         bound = pool.submit(bind, server, f"unix:{socket_directory}/deconvd.sock")
-        time.sleep(0.5)
+        time.sleep(0.5)  # many of its attempts to lock
         assert not bound.done()
         assert os.listdir(socket_directory) == [lock.name]
         os.close(other)

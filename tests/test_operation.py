@@ -71,7 +71,7 @@ def test_fields_of_a_problem_have_the_specs_of_its_tensors() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_the_table_is_fixed(operation: Operation) -> None:
     with pytest.raises(FrozenInstanceError):
-        operation.results = ()  # type: ignore[misc]
+        operation.results = ()  # type: ignore[misc]  # that it is an error is tested
 
 
 def test_fields_have_the_names_of_the_arguments_that_they_are_for() -> None:

@@ -171,7 +171,7 @@ def test_an_interrupted_copy_touches_nothing_any_more(monkeypatch: pytest.Monkey
         copy_all([(target, source)], interrupt)
 
     target[:] = 0
-    time.sleep(0.05)
+    time.sleep(0.05)  # a thread that went on would write meanwhile
     assert not target.any()
 
 
@@ -182,7 +182,7 @@ def test_a_copy_touches_nothing_any_more_wherever_an_interrupt_strikes(
     source, target = np.ones(3 * _MIB, np.float32), np.zeros(3 * _MIB, np.float32)
     for _ in interrupt_everywhere(lambda: copy_into(target, source)):
         target[:] = 0
-        time.sleep(0.002)
+        time.sleep(0.002)  # likewise
         assert not target.any()
         copy_into(target, source)
         assert target.all()

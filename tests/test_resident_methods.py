@@ -110,20 +110,27 @@ def test_operands_that_are_sent_may_stay(held: SessionClient) -> None:
     assert not again.HasField("kept")  # they are resident already
 
 
-@pytest.mark.parametrize("keep", [["gx", "gw", "gb"], ["gw"], []], ids="-".join)
-def test_gradients_are_made_of_residents_and_stay(held: SessionClient, keep: list[str]) -> None:
-    gy = expected_y(held)
-    mask = pb.GradientMask(gx=True, gw=True, gb=True)
-    plain = held.stub.DeconvolveGrad(
+ALL_GRADIENTS = pb.GradientMask(gx=True, gw=True, gb=True)
+
+
+def plain_gradients(held: SessionClient, gy: Array) -> pb.DeconvolveGradResponse:
+    """Return the gradients of tensors that are sent with the call, and that nobody keeps."""
+    return held.stub.DeconvolveGrad(
         pb.DeconvolveGradRequest(
             x=raw_tensor(X),
             w=raw_tensor(W),
             gy=raw_tensor(gy),
             geometry=GEOMETRY,
             options=STEADY,
-            wanted=mask,
+            wanted=ALL_GRADIENTS,
         )
     )
+
+
+@pytest.mark.parametrize("keep", [["gx", "gw", "gb"], ["gw"], []], ids="-".join)
+def test_gradients_are_made_of_residents_and_stay(held: SessionClient, keep: list[str]) -> None:
+    gy = expected_y(held)
+    plain = plain_gradients(held, gy)
 
     response = held.stub.DeconvolveGrad(
         pb.DeconvolveGradRequest(
@@ -132,7 +139,7 @@ def test_gradients_are_made_of_residents_and_stay(held: SessionClient, keep: lis
             gy=tensor_by_handle(gy, held.put(gy)),
             geometry=GEOMETRY,
             options=STEADY,
-            wanted=mask,
+            wanted=ALL_GRADIENTS,
             session=held.session,
             keep=pb.GradientMask(**dict.fromkeys(keep, True)),
         )
@@ -212,24 +219,14 @@ def test_a_stream_of_gradients_takes_slices_of_residents(
     held: SessionClient, keep: list[str]
 ) -> None:
     gy = expected_y(held)
-    mask = pb.GradientMask(gx=True, gw=True, gb=True)
-    plain = held.stub.DeconvolveGrad(
-        pb.DeconvolveGradRequest(
-            x=raw_tensor(X),
-            w=raw_tensor(W),
-            gy=raw_tensor(gy),
-            geometry=GEOMETRY,
-            options=STEADY,
-            wanted=mask,
-        )
-    )
+    plain = plain_gradients(held, gy)
     request = pb.DeconvolveGradRequest(
         x=tensor_by_handle(X, held.put(X)),
         w=tensor_by_handle(W, held.put(W)),
         gy=described(gy),
         geometry=GEOMETRY,
         options=STEADY,
-        wanted=mask,
+        wanted=ALL_GRADIENTS,
         session=held.session,
         keep=pb.GradientMask(**dict.fromkeys(keep, True)),
     )

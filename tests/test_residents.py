@@ -23,6 +23,7 @@ from benchmarks.wire import CountingProxy, count_traffic
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, InvalidArgumentError, LostTensorError, RemoteTensor
 from tests.golden import GoldenCase, golden_cases
+from tests.processes import memory_bytes, wait_until
 from tests.servers import ServerProcess, call_until_served, only_server, server_process
 from tests.session_clients import open_session
 
@@ -421,7 +422,7 @@ class TestLoss:
             for _ in range(3):
                 wire.cut()
                 assert_same(result.numpy(), expected)
-                time.sleep(0.3)
+                time.sleep(0.3)  # a new session is opened meanwhile, and is cut as well
 
     def test_calls_go_on_over_a_way_that_breaks(self, wire: CountingProxy) -> None:
         # whole numbers, whose sums are the same in any order: how a call is sliced depends on the link and on its cuts
@@ -440,7 +441,7 @@ class TestLoss:
             with ThreadPoolExecutor(2) as threads:
                 done = threads.map(work, range(6))
                 for _ in range(3):
-                    time.sleep(0.2)
+                    time.sleep(0.2)  # calls are under way again
                     wire.cut()
                 assert list(done) == [None] * 6
 
@@ -461,7 +462,7 @@ class TestLoss:
         with server_process(tmp_path, "--session-lease-s", "1") as server:
             with deconvd_client.connect(server.target) as F:
                 result = F.remote.deconvolution_2d(x, W, b)
-                time.sleep(3)
+                time.sleep(3)  # three leases
                 assert_same(result.numpy(), F.deconvolution_2d(x, W, b))
 
 
@@ -597,7 +598,7 @@ class TestLife:
             "    gc.collect()\n"
             "    os._exit(0)\n"
             "assert os.waitpid(child, 0)[1] == 0\n"
-            "time.sleep(0.5)\n"
+            "time.sleep(0.5)  # what the child may have said to the server takes effect meanwhile\n"
             "print(there.numpy().sum())\n"
         )
         done = subprocess.run(
@@ -635,20 +636,6 @@ def kept_count(F: Connection) -> int:
     """Return how many tensors the server keeps for a connection's tenant."""
     (device,) = F.server_info().devices
     return sum(cache.count for cache in device.caches if cache.name.startswith("resident"))
-
-
-def memory_bytes(pid: int) -> int:
-    """Return what a process has in memory."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
-    return int(line.split()[1]) << 10
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 class TestArguments:

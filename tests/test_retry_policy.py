@@ -219,7 +219,7 @@ def test_what_is_put_in_shared_memory_waits_for_a_restart(serve: Serve) -> None:
         first.end(signal.SIGKILL)
     with F, ThreadPoolExecutor(2) as pool:
         again: list[Future[object]] = [pool.submit(F.put, LARGE), pool.submit(kept.numpy)]
-        time.sleep(1)
+        time.sleep(1)  # both are tried in vain meanwhile
         with serve():
             for one in again:
                 np.testing.assert_array_equal(one.result(), LARGE)
@@ -254,7 +254,7 @@ def test_a_restart_is_waited_for(
                 kept = F.put(W)
                 first.end(signal.SIGKILL)
             calls = [pool.submit(F.deconvolution_2d, x, w) for x in (X, LARGE) for w in (W, kept)]
-            time.sleep(2)
+            time.sleep(2)  # much longer than a refused connection takes to say so
             assert not any(call.done() for call in calls)
             with serve():
                 for call in calls:
@@ -298,7 +298,7 @@ def test_memory_is_shared_again_soon_after_a_server_was_away_for_long(
         for _ in range(4):
             with pytest.raises(UnavailableError):
                 F.deconvolution_2d(LARGE, W)
-            time.sleep(2)
+            time.sleep(2)  # pauses between attempts grow meanwhile
         with serve():
             begun_s = time.monotonic()
             wait_until(lambda: is_in_shared_memory(call_until_served(F, LARGE, W)))

@@ -228,7 +228,7 @@ def test_a_socket_that_does_not_answer_at_first_is_taken_once_it_does(
     aside = path.rename(socket_directory / "aside.sock")
 
     def answer_again() -> None:
-        time.sleep(2)
+        time.sleep(2)  # as long as a probe waits for an answer
         aside.replace(path)
 
     with socket.socket(socket.AF_UNIX) as silent, ThreadPoolExecutor(1) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +47,9 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[SessionThreadState]:
     seen: list[SessionThreadState] = []
     move = SessionThread._move
 
-    def recorded(self: SessionThread, to: SessionThreadState, **rest: object) -> None:
+    def recorded(self: SessionThread, to: SessionThreadState, **rest: Any) -> None:
         seen.append(to)
-        move(self, to, **rest)  # type: ignore[arg-type]
+        move(self, to, **rest)
 
     monkeypatch.setattr(SessionThread, "_move", recorded)
     return seen

@@ -209,7 +209,7 @@ def test_operands_that_different_servers_have_are_brought_together(
     images = np.random.default_rng(1).standard_normal((1, 1, 8, 8)).astype(np.float32)
     one = np.ones((1, 1, 1, 1), np.float32)
     kept = [F.remote.deconvolution_2d(images, one) for _ in range(12)]
-    places = {F._server.residents._holder_of(y._resident) for y in kept}  # type: ignore[union-attr]
+    places = {F._server.residents._holder_of(y._resident) for y in kept}  # type: ignore[union-attr]  # as above
     assert len(places) > 1  # else there was nothing to bring together
 
     for gy in kept[1:]:

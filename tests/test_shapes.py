@@ -30,7 +30,7 @@ def test_it_is_the_shape_of_the_result(F: Connection, arguments: dict[str, Any])
 
 
 def test_sizes_may_be_any_integers() -> None:
-    assert output_shape(np.array([1, 2, 3, 4]), [np.uint8(2), 5, 1, 1]) == (1, 5, 3, 4)  # type: ignore[arg-type]
+    assert output_shape(np.array([1, 2, 3, 4]), [np.uint8(2), 5, 1, 1]) == (1, 5, 3, 4)  # type: ignore[arg-type]  # arrays, too
 
 
 @pytest.mark.parametrize(

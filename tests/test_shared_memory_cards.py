@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine.engine import Engine
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits, SharedTensors
 from tests.lenders import LIMITS, memory_listener, start_borrower_process
+from tests.processes import wait_until
 
 BLOCK_BYTES = 2 << 20
 CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
@@ -105,13 +105,6 @@ def peer(lender: Lender, path: Path) -> Iterator[Peer]:
     peer = Peer(path)
     yield peer
     peer.socket.close()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_a_client_gets_a_handle_and_calls_find_tensors_there(
@@ -233,9 +226,10 @@ def test_memory_stays_while_a_client_that_left_may_have_it_open(
 ) -> None:
     with start_borrower_process(BORROW_AND_LEAVE, path) as running:
         assert running.read_line() == "DONE"
-        for _ in range(3):  # by then the lender has seen it off
-            Peer(path).socket.close()
-        time.sleep(0.1)
+        wait_until(lambda: lender.borrowers_count == 0)
+        later = Peer(path)
+        later.ask(LendingOperation.RETURN)  # the lender has been through with those before
+        later.socket.close()
         assert len(engine.lent) == 1
 
         running.process.kill()

@@ -221,7 +221,7 @@ def test_a_stream_by_grpc_that_makes_no_progress_ends(hasty: ServerProcess, atta
     client = GrpcClient(hasty)
     begin: Callable[[], Any] = getattr(client, attack)
     call = begin()
-    time.sleep(3 * STALL_S)
+    time.sleep(3 * STALL_S)  # nothing is sent, or read, for longer than is allowed
 
     with pytest.raises(grpc.RpcError) as caught:
         call.result() if attack == "idle_put" else deque(call, maxlen=0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,8 +191,8 @@ MakeServer = Callable[..., ScriptedServer]
 def make_server() -> Iterator[MakeServer]:
     servers: list[ScriptedServer] = []
 
-    def make(*arguments: object, **options: object) -> ScriptedServer:
-        servers.append(ScriptedServer(*arguments, **options))  # type: ignore[arg-type]
+    def make(*arguments: Any, **options: Any) -> ScriptedServer:
+        servers.append(ScriptedServer(*arguments, **options))
         return servers[-1]
 
     yield make
@@ -200,7 +201,7 @@ def make_server() -> Iterator[MakeServer]:
 
 
 def transports_to(server: ScriptedServer) -> tuple[DirectTransport, StripedTransport]:
-    def fetch_nothing() -> object:
+    def fetch_nothing() -> Any:
         raise AssertionError("the address is known")
 
     direct = DirectTransport(server, fetch_nothing)  # type: ignore[arg-type]

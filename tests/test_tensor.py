@@ -101,7 +101,7 @@ def test_every_element_type_of_the_schema_is_known_but_unspecified() -> None:
 @pytest.mark.parametrize("number", [0, 5, -1])
 def test_an_unknown_element_type_is_refused(number: int) -> None:
     message = pb.Tensor(shape=[1], raw=b"1234")
-    message.element_type = number  # type: ignore[assignment]
+    message.element_type = number  # type: ignore[assignment]  # a newer client's
 
     with pytest.raises(InvalidArgumentError) as raised:
         array_from_message("gy", message)

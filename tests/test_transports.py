@@ -91,7 +91,7 @@ def transport(request: pytest.FixtureRequest, running: ServerProcess) -> Iterato
 def parts(step: int) -> Iterator[Part]:
     problem = problem_of(spec_of(X), spec_of(ONE), Geometry())
     request = make_request(DECONVOLVE, problem, Options(), ("y",))
-    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=step)  # type: ignore[arg-type]
+    header = pb.DeconvolveStreamHeader(request=request, slice_samples_count=step)  # type: ignore[arg-type]  # the operation says which
     yield pb.DeconvolveStreamRequest(header=header)
     yield elements_part(ONE)
     for start in range(0, len(X), 10):

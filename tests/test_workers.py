@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -259,8 +258,8 @@ def test_ctrl_c_ends_it_and_a_second_one_cuts_calls_short(socket_directory: Path
             infos = [partial(ask, own_targets(worker)[0]) for worker in workers_of(server)]
             wait_until(lambda: any(info().devices[0].running_calls_count for info in infos))
             server.process.send_signal(signal.SIGINT)
-            wait_until(lambda: "draining" in server.log.read_text())
-            time.sleep(0.5)
+            # the supervisor says so, and both workers
+            wait_until(lambda: server.log.read_text().count("draining") == 3)
             code = server.end(signal.SIGINT)
             caller.join()
 

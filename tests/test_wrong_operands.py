@@ -251,7 +251,7 @@ def test_connect_of_the_wrong_module_names_the_right_one() -> None:
 
 def test_other_attributes_are_missed_as_ever() -> None:
     with pytest.raises(AttributeError, match="'deconvd_client' has no attribute 'nonsense'"):
-        deconvd_client.nonsense  # type: ignore[attr-defined]  # noqa: B018
+        deconvd_client.nonsense  # type: ignore[attr-defined]  # noqa: B018 - looking is the test
     assert not hasattr(deconvd, "nonsense")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import deconvd_client
 from deconvd.direct.frame_stream import FrameStream
@@ -104,10 +105,10 @@ class SecuredServer:
         stream.set_deadline(60)
         return stream
 
-    def connect(self, tls: Tls | None, **options: object) -> Connection:
+    def connect(self, tls: Tls | None, **options: Any) -> Connection:
         """Return a connection to it by TCP."""
         options.setdefault("transport", "tcp")
-        return deconvd_client.connect(self.target, tls=tls or False, **options)  # type: ignore[arg-type]
+        return deconvd_client.connect(self.target, tls=tls or False, **options)
 
 
 @contextmanager

@@ -8,8 +8,6 @@ keeps the rows of other frameworks, since each has an environment of its own.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ import click
 import deconvd_client
 from benchmarks.commit import commit
 from benchmarks.frameworks.decoder import Workload, plain_calls
+from benchmarks.host import host
 from examples.local_server import local_server
 
 __all__ = ["FrameworkRow", "main"]
@@ -82,7 +81,7 @@ def main(device: str, names: Sequence[str], json_file: Path | None, time_s: floa
             print(row, flush=True)
     if json_file is not None:
         about = {
-            "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+            "host": host(),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -49,7 +49,7 @@ def _calls(deconvolution_2d: Callable[..., Any], workload: Workload) -> Framewor
     def loss(parameters: Any) -> Any:
         return jnp.mean((decode(parameters, codes) - images) ** 2)
 
-    @jax.jit  # type: ignore[untyped-decorator]
+    @jax.jit  # type: ignore[untyped-decorator]  # jax is not there for type checkers
     def update(parameters: Any) -> Any:
         value, gradients = jax.value_and_grad(loss)(parameters)
         changed = [p - LEARNING_RATE * g for p, g in zip(parameters, gradients, strict=True)]

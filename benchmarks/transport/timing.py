@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.commit import commit
+from benchmarks.host import host
 from deconvd.model.dtypes import Array
 
 __all__ = ["burst_s", "human", "tensor", "write_rows"]
@@ -57,7 +56,7 @@ def human(size_bytes: int) -> str:
 def write_rows(path: Path, rows: Sequence[object]) -> None:
     """Write rows as JSON, with the host, the commit and the date."""
     about = {
-        "host": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "host": host(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -97,7 +97,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         given = self._link.connection
         return _default_connection() if given is None else given
 
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:  # noqa: A002
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:  # noqa: A002 - torch's name
         """Return the transposed convolution of `input`, as `torch.nn.ConvTranspose2d` does.
 
         Args:

@@ -22,19 +22,15 @@ from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
 from deconvd_server.log_handler import LogHandler
 from deconvd_server.log_options import add_log_options, log_to_standard_error
+from deconvd_server.memory_options import add_memory_options
 from deconvd_server.parent_watch import ParentWatch, start_parent_watch
 from deconvd_server.process_options import add_process_options
 from deconvd_server.residents import ResidentLimits
-from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, budgets
+from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.descriptors import DescriptorGuard, raise_limit
 from deconvd_server.resources.systemd import Notifier, SystemdNotifier
 from deconvd_server.settings import Settings
-from deconvd_server.socket_options import (
-    parse_file_mode,
-    parse_group_id,
-    parse_user_ids,
-    socket_access,
-)
+from deconvd_server.socket_options import add_socket_options, socket_access
 from deconvd_server.stop_options import add_stop_options
 from deconvd_server.token_command import token
 from deconvd_server.transports.observers import AccessLog, CallLog, Observer
@@ -65,9 +61,6 @@ except ModuleNotFoundError as missing:
     _exit_without(missing)
 
 __all__ = ["main"]
-
-_GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
-"""gRPC holds the limit in a signed 32-bit integer."""
 
 _MAX_THREADS_COUNT = 1024
 
@@ -108,22 +101,7 @@ class _WorkerCommand(ServerCommand):
     help="Where to listen: host:port (port 0 for any free port) or unix:///path. May be repeated; "
     "in the environment, separate addresses by spaces.",
 )
-@click.option(
-    "--socket-mode",
-    default=None,
-    metavar="MODE",
-    callback=parse_file_mode,
-    show_default="0660 with --socket-group, 0666 with --shared-memory-users, else what the umask leaves",
-    help="Permissions of the Unix sockets, in octal digits: users who may write to a socket may call the server.",
-)
-@click.option(
-    "--socket-group",
-    default=None,
-    metavar="GROUP",
-    callback=parse_group_id,
-    show_default="the one that the system gives new files",
-    help="The group of the Unix sockets: a name or a number.",
-)
+@add_socket_options
 @add_access_options
 @click.option(
     "--direct-calls/--no-direct-calls",
@@ -169,58 +147,7 @@ class _WorkerCommand(ServerCommand):
     help="Folder where GPU plans are stored, so that a restarted server is warm. If a server crashes while it tries "
     "cuDNN for a problem, that is stored there too, and the next server does not use cuDNN for that problem.",
 )
-@click.option(
-    "--max-message-bytes",
-    type=ByteSize(LEAST_MESSAGE_BYTES, _GRPC_MAX_MESSAGE_BYTES),
-    default=None,
-    show_default="1 GiB, or an eighth of the memory if that is less",
-    help="The largest request and the largest response.",
-)
-@click.option(
-    "--shared-memory-bytes",
-    type=ByteSize(min=0),
-    default=None,
-    show_default="a quarter of the memory",
-    help="How much memory all clients on this host together may borrow to pass tensors in; 0 to lend none.",
-)
-@click.option(
-    "--shared-memory-users",
-    default=None,
-    metavar="ID[,...]",
-    callback=parse_user_ids,
-    show_default="none",
-    help="Ids of the users who may borrow that memory, in addition to the server's own user and root. Any user may "
-    "then call, unless --socket-mode or --socket-group restricts that.",
-)
-@click.option(
-    "--resident-memory-bytes",
-    type=ByteSize(min=0),
-    default=None,
-    show_default="a quarter of what calls may take",
-    help="How much of each device's memory resident tensors may take; 0 to keep none.",
-)
-@click.option(
-    "--spill-memory-bytes",
-    type=ByteSize(min=0),
-    default=None,
-    show_default="an eighth of the memory",
-    help="How much of the host's memory resident tensors may take when a GPU has no room for them.",
-)
-@click.option(
-    "--tenant-bytes",
-    type=ByteSize(min=0),
-    default=None,
-    show_default="no quota: the least recently used are evicted",
-    help="How much memory the residents of one identity may take: the name of a token or a certificate. Of callers "
-    "without one, those that send the same tenant key count together, and else each connection.",
-)
-@click.option(
-    "--session-lease-s",
-    type=Seconds(min=0, min_open=True),
-    metavar="SECONDS",
-    default=30.0,
-    help="How long residents are kept for a client that sends no heartbeat.",
-)
+@add_memory_options
 @click.option(
     "--queue-wait-s",
     type=Seconds(min=0, min_open=True),

@@ -1,4 +1,4 @@
-"""What click lacks for the options of deconvd-server: sizes, seconds, and an environment variable for each option."""
+"""What click lacks for deconvd-server: sizes, seconds, ids, and a variable in the environment for each option."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import math
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from deconvd.command_line import ENVVAR_PREFIX, CliCommand, envvar_of
 from deconvd.host.system import MAX_TIMEOUT_S
 
-__all__ = ["ByteSize", "Seconds", "ServerCommand", "unknown_variables"]
+__all__ = [
+    "LAST_ACCOUNT_ID",
+    "ByteSize",
+    "Seconds",
+    "ServerCommand",
+    "is_account_id",
+    "unknown_variables",
+]
+
+LAST_ACCOUNT_ID: Final = 2**32 - 2
+"""The largest id of a user or a group: the system uses the next one, -1, for "no change"."""
+
+_ACCOUNT_ID = re.compile(r"[0-9]{1,10}")
 
 _SIZE = re.compile(r"(?P<count>[0-9]+)(?P<unit>[kKMGT]?|[KMGT]i)")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -120,3 +132,8 @@ def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:
         matches = get_close_matches(name.removeprefix(ENVVAR_PREFIX), by_suffix, 1)
         described.append(f"{name} (did you mean {by_suffix[matches[0]]}?)" if matches else name)
     return described
+
+
+def is_account_id(text: str) -> bool:
+    """Return whether a text is the id of a user or a group."""
+    return _ACCOUNT_ID.fullmatch(text) is not None and int(text) <= LAST_ACCOUNT_ID

@@ -20,7 +20,7 @@ import deconvd_client
 from deconvd.errors import CallCancelledError, InvalidArgumentError
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection
-from deconvd_client.chainer import ChainerArgumentError, Installation, install
+from deconvd_client.chainer import ChainerArgumentError, install
 from deconvd_client.server import Server
 from tests.servers import ServerProcess
 
@@ -113,10 +113,9 @@ def test_a_model_learns_the_same_on_a_server(
 def test_functions_and_links_are_routed_within_the_block(F: Connection, calls: list[Any]) -> None:
     link = links.Deconvolution2D(4, 3, 2)
 
-    with install(F) as installation:
+    with install(F):
         y = chainer.functions.deconvolution_2d(X, W, stride=2)
         labels = creator(), link(X).creator.label
-        assert repr(F) in repr(installation)
 
     assert labels == (OURS, OURS)
     assert len(calls) == 3
@@ -361,5 +360,7 @@ def test_the_readme_shows_what_works(server: ServerProcess, calls: list[Any]) ->
 
 
 def test_an_installation_says_what_it_does(F: Connection) -> None:
-    with Installation(F, convolution_gradients=True) as installation:
-        assert "gradients of convolutions" in repr(installation)
+    with install(F) as of_functions, install(F, convolution_gradients=True) as of_gradients:
+        said = f"<deconvd_client.chainer.Installation of {F!r}"
+        assert repr(of_functions) == f"{said}>"
+        assert repr(of_gradients) == f"{said}, with gradients of convolutions>"

@@ -56,10 +56,20 @@ def _raise_timeout(*_: object) -> None:
 
 
 @click.command()
-@click.option("--inputs", default=1_000_000, help="How many, for all targets together.")
+@click.option(
+    "--inputs",
+    type=click.IntRange(min=1),
+    default=1_000_000,
+    help="How many, for all targets together.",
+)
 @click.option("--only", type=click.Choice([*TARGETS]), help="One target alone.")
 @click.option("--seed", default=0, help="Another number draws other inputs.")
-@click.option("--start", default=0, help="The number of the first input, where a run was stopped.")
+@click.option(
+    "--start",
+    type=click.IntRange(min=0),
+    default=0,
+    help="The number of the first input, where a run was stopped.",
+)
 def main(inputs: int, only: str | None, seed: int, start: int) -> None:
     """Fuzz, and exit with 1 if there were faults."""
     names = [name for name in TARGETS if only in (None, name)]

@@ -138,8 +138,10 @@ def _group(stack: ExitStack) -> Cgroup | None:
 
 
 @click.command()
-@click.option("--minutes", type=float, default=0.0, help="How long it takes.")
-@click.option("--seconds", type=float, default=0.0, help="How long, beside the minutes.")
+@click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="How long it takes.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=0.0, help="How long, beside the minutes."
+)
 @click.option("--seed", type=int, help="Makes its choices, if not their moments, again.")
 @click.option(
     "--only",
@@ -164,6 +166,8 @@ def main(
     constants: Sequence[tuple[str, float]],
 ) -> None:
     """Soak a server, and exit with 1 if anything was violated."""
+    if not minutes + seconds:
+        raise click.UsageError("how long shall it take? Give --minutes or --seconds")
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     kinds = [kind for kind in KINDS if only in (None, kind) and kind not in without]
     directory = Path(tempfile.mkdtemp(prefix="deconvd-soak-"))

@@ -342,7 +342,7 @@ def _call(client: _Client, random: Random, outcome: Outcome) -> None:
             outcome.failures.append(failure)
             if is_last:
                 return
-            time.sleep(0.1)
+            time.sleep(0.1)  # a server that is killed takes longer to come back
         else:
             outcome.answered.append((began_s, time.monotonic()))
             return

@@ -197,7 +197,7 @@ def _told_pause_s(told_s: float) -> float:
     that goes on to be full says longer times itself.
     """
     spread_s = random.uniform(_TOLD_SPREAD_S / 2, _TOLD_SPREAD_S)  # noqa: S311 - no secret
-    return told_s + spread_s + random.uniform(0, min(told_s / 2, _MOST_TOLD_SPREAD_S))  # noqa: S311
+    return told_s + spread_s + random.uniform(0, min(told_s / 2, _MOST_TOLD_SPREAD_S))  # noqa: S311 - likewise
 
 
 def name_limit(error: DeadlineError, deadline: Deadline) -> DeadlineError:

@@ -38,7 +38,7 @@ def main() -> None:
                 KINDS[kind](Attacker(Places.of(*words), source, random, held))
             except (OSError, DeconvdError) as error:  # as the server may do to it
                 came_to = f"{type(error).__name__}: {error}"
-            print(f"came to {came_to}", flush=True)  # noqa: T201
+            print(f"came to {came_to}", flush=True)  # noqa: T201 - a command's output
             end.wait(random.choice(_HOLDS_S))
 
 
