@@ -237,6 +237,17 @@ def test_the_server_says_what_it_is_made_of(host: WorkerHost, F: Connection) -> 
     assert "worker 1 (cpu) serves" in ended.output
 
 
+def test_who_only_looks_by_grpc_alone_uses_no_worker(host: WorkerHost) -> None:
+    with deconvd_client.connect(host.server.targets[1], transport="grpc") as F:
+        names = {F.server_info().worker_name for _ in range(4)}
+        assert F.health() == "SERVING"
+        assert isinstance(F._server, Host)
+        assert F._server._workers is None
+        worker_set(F)  # once it calls
+
+    assert len(names) == 1
+
+
 def test_a_server_that_gets_workers_is_used_by_them_and_one_that_loses_them_alone(
     tmp_path: Path,
 ) -> None:

@@ -222,7 +222,10 @@ class Host:
         if workers is not None:
             workers.note_answer()
         elif self._is_shared(info):
-            self._discovery.run(self._find_workers, 0.0)
+            if (
+                not self._must_ask
+            ):  # else whoever makes a call asks, and whoever only looks uses no worker
+                self._discovery.run(self._find_workers, 0.0)
         elif not self._is_settled:
             self._take_way()
             self._is_settled = True
