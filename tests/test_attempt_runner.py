@@ -68,7 +68,7 @@ class ScriptedSet:
             return self.servers[-1]
 
         credentials = dict.fromkeys(TARGETS, NO_CREDENTIALS)
-        membership = Membership(TARGETS, credentials, open_server, self.balancer)
+        membership = Membership(TARGETS, credentials, open_server, open_server, self.balancer)
         self.monitor = Monitor(self.balancer, membership)
         retries = RetryPolicy(fail_fast=fail_fast)
         self.runner = AttemptRunner(

@@ -8,6 +8,7 @@ import pytest
 
 from deconvd.errors import InternalError, UnavailableError
 from deconvd_client.calls.cancel_scope import CancelScope
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.server_set import balancer as module
 from deconvd_client.server_set.balancer import (
     Balancer,
@@ -216,3 +217,21 @@ def test_pauses_between_probes_grow() -> None:
         pauses.append(first.next_probe_s)
 
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0], abs=0.05)
+
+
+def test_it_serves_as_long_as_one_member_does_that_is_no_spare() -> None:
+    balancer, (first, second) = make_balancer(2)
+    balancer.add(Member(b"entry", "entry", is_spare=True))
+    assert balancer.has_serving()
+    balancer.note_failure(first, GONE)
+    assert balancer.has_serving()
+    balancer.note_failure(second, GONE)
+    assert not balancer.has_serving()
+
+
+def test_calls_of_both_kinds_count_as_running() -> None:
+    balancer, (first,) = make_balancer(1)
+    begin(balancer)
+    first.quick_calls.add(Deadline(60))
+
+    assert first.running_count == 2

@@ -20,7 +20,11 @@ from deconvd_client.calls import deadline as deadline_module
 from deconvd_client.calls.cancel_scope import CancelScope
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.transports import retry_policy
-from deconvd_client.transports.retry_policy import PinnedTransportError, RetryPolicy
+from deconvd_client.transports.retry_policy import (
+    PinnedTransportError,
+    RetriedElsewhere,
+    RetryPolicy,
+)
 
 AWAY = UnavailableError("nobody listens")
 STOPPING = CallCancelledError("it stops")
@@ -303,3 +307,28 @@ def test_a_try_alone_is_tried_once(clock: Clock) -> None:
         RetryPolicy().run_once(attempt, Deadline(60))
 
     assert tries == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "serves", "told_s"),
+    [
+        pytest.param(AWAY, False, None, id="all of its workers are away"),
+        pytest.param(AWAY, True, 0.0, id="one is away"),
+        pytest.param(UnavailableError("full", retry_after_s=3.0), False, 3.0, id="it is full"),
+        pytest.param(UnavailableError("full", retry_after_s=3.0), True, 3.0, id="one is full"),
+    ],
+)
+def test_a_server_with_one_worker_away_counts_as_reached_and_is_tried_once(
+    clock: Clock, error: UnavailableError, *, serves: bool, told_s: float | None
+) -> None:
+    tries = []
+
+    def attempt() -> None:
+        tries.append(clock.now_s)
+        raise error
+
+    with pytest.raises(UnavailableError, match=str(error)) as raised:
+        RetriedElsewhere(lambda: serves).run(attempt, Deadline(60))
+
+    assert tries == [0]
+    assert raised.value.retry_after_s == told_s

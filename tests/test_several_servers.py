@@ -186,9 +186,10 @@ def test_residents_stay_together_and_move_when_their_server_falls_silent(
 def test_a_result_that_only_one_server_has_is_waited_for(fleet: Fleet, F: Connection) -> None:
     y = F.remote.deconvolution_2d(X, FILTERS[0])
     expected = y.numpy()
-    members = F._server._balancer.members  # type: ignore[union-attr]  # it has several
-    holders = [m.server.residents.has_session for m in members]
-    number = holders.index(True)
+    assert isinstance(F._server, ServerSet)
+    holder = F._server.residents._holder_of(y._resident)
+    assert holder is not None
+    number = F._server._balancer.members.index(holder)
 
     fetched: list[Array] = []
     with stop_server(fleet.servers[number]):

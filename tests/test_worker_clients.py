@@ -45,12 +45,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHost]:
         yield host
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["auto", "tcp", "grpc"])
 def F(host: WorkerHost, request: pytest.FixtureRequest) -> Iterator[Connection]:
-    """A connection by the shared Unix socket, and one that uses TCP alone, as from another host."""
-    is_tcp = request.param == "tcp"
-    target = host.server.targets[is_tcp]
-    with deconvd_client.connect(target, transport="tcp" if is_tcp else "auto") as connection:
+    """A connection by the shared Unix socket, and by TCP alone, as from another host: direct connections, or gRPC."""
+    target = host.server.targets[request.param != "auto"]
+    with deconvd_client.connect(target, transport=request.param) as connection:
         yield connection
 
 
@@ -135,6 +134,28 @@ def functions_count(target: str, x: np.ndarray) -> int:
     return min(counts)
 
 
+@pytest.mark.parametrize("is_unix", [True, False], ids=["unix", "tcp"])
+def test_threads_use_all_workers_by_grpc_alone(host: WorkerHost, *, is_unix: bool) -> None:
+    target = host.server.targets[0 if is_unix else 1]
+    with deconvd_client.connect(target, transport="grpc") as F, ThreadPoolExecutor(2) as pool:
+        workers = worker_set(F)
+        before = host.calls_counts()
+
+        def are_used() -> bool:
+            for ended in [pool.submit(F.deconvolution_2d, LARGE, W) for _ in range(10)]:
+                ended.result()
+            return all(count > before[name] for name, count in host.calls_counts().items())
+
+        wait_until(are_used)
+        servers = [member.server for member in workers._membership.workers]
+        # a TCP target may be meant to pass the network, so its host's Unix sockets are not used
+        assert [each.route.target_stub.target.startswith("unix:") for each in servers] == [
+            is_unix,
+            is_unix,
+        ]
+        assert not any(each.direct_connections_count for each in servers)
+
+
 def test_threads_use_all_workers_and_each_gets_memory_of_its_own(host: WorkerHost) -> None:
     with deconvd_client.connect(host.server.target) as F:
         workers = worker_set(F)
@@ -216,6 +237,17 @@ def test_the_server_says_what_it_is_made_of(host: WorkerHost, F: Connection) -> 
     assert "worker 1 (cpu) serves" in ended.output
 
 
+def test_who_only_looks_by_grpc_alone_uses_no_worker(host: WorkerHost) -> None:
+    with deconvd_client.connect(host.server.targets[1], transport="grpc") as F:
+        names = {F.server_info().worker_name for _ in range(4)}
+        assert F.health() == "SERVING"
+        assert isinstance(F._server, Host)
+        assert F._server._workers is None
+        worker_set(F)  # once it calls
+
+    assert len(names) == 1
+
+
 def test_a_server_that_gets_workers_is_used_by_them_and_one_that_loses_them_alone(
     tmp_path: Path,
 ) -> None:
@@ -247,7 +279,8 @@ def test_who_calls_a_worker_at_its_own_address_wants_that_one(host: WorkerHost) 
                 assert F.server_info().worker_name == worker.name
 
 
-def test_who_answers_in_place_of_a_worker_gets_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_who_answers_in_place_of_a_worker_gets_nothing(tmp_path: Path, transport: str) -> None:
     """Behind an address of which only the shared port leads to the server."""
     port = free_port()
     (tmp_path / "stranger").mkdir()
@@ -255,7 +288,7 @@ def test_who_answers_in_place_of_a_worker_gets_nothing(tmp_path: Path) -> None:
         running_host(tmp_path, "--worker-port", str(port), listen=("127.0.0.1:0", "unix")) as host,
         server_process(tmp_path / "stranger", listen=(f"127.0.0.2:{port}",)) as stranger,
         faulty_proxy(host.server.targets[0], CLEAN, host="127.0.0.2") as proxy,
-        deconvd_client.connect(proxy.target, transport="tcp") as F,
+        deconvd_client.connect(proxy.target, transport=transport) as F,
         deconvd_client.connect(stranger.target, transport="grpc") as of_stranger,
     ):
         server = F._server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -58,12 +58,16 @@ def own_targets(worker: pb.Worker) -> list[str]:
 
 
 def wait_for_serving(server: ServerProcess, count: int = 2) -> Sequence[pb.Worker]:
-    """Wait until so many processes serve, and whoever answers knows. Return all processes."""
+    """Wait until so many processes serve, and each of them knows. Return all processes."""
     found: list[Sequence[pb.Worker]] = [()]
 
     def are_there() -> bool:
         found[0] = workers_of(server)
-        return sum(worker.is_serving for worker in found[0]) == count
+        lists = [found[0]]
+        with suppress(grpc.RpcError):  # one that has just ended is listed for a moment
+            lists += [ask(own_targets(each)[-1]).workers for each in found[0] if each.is_serving]
+        counts = [sum(worker.is_serving for worker in workers) for workers in lists]
+        return counts == [count] * (1 + count)
 
     wait_until(are_there)
     return found[0]

@@ -115,21 +115,22 @@ class Connection(Operations):
             timeout_s=timeout_s,
             fail_fast=self._fail_fast,
         )
+        open_host = partial(
+            Host,
+            transport=self._transport,
+            open_server=open_server,
+            timeout_s=timeout_s,
+            fail_fast=self._fail_fast,
+        )
         server: Host | ServerSet
         if len(targets) == 1 and is_of_one_server(targets[0]):
-            server = Host(
-                targets[0],
-                credentials[targets[0]],
-                self._transport,
-                open_server,
-                timeout_s=timeout_s,
-                fail_fast=self._fail_fast,
-            )
+            server = open_host(targets[0], credentials[targets[0]])
         else:
             server = ServerSet(
                 targets,
                 credentials,
-                open_server,
+                open_host,
+                partial(open_server, transport=TransportName.GRPC),
                 timeout_s=timeout_s,
                 fail_fast=self._fail_fast,
             )

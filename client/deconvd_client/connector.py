@@ -48,8 +48,9 @@ def connect(
             - ``shared_memory``: tensors from 32 KiB on go through shared memory.
             - ``unix``: everything goes through the server's Unix socket, on the same host.
             - ``tcp``: everything goes over TCP. The target must be ``host:port``.
-            - ``grpc``: everything goes through gRPC to the target, and no other connection is made. Use it
-              if a proxy is in between.
+            - ``grpc``: everything goes through gRPC to the target, and no other kind of connection is made. Use it
+              if a proxy is in between. If the server has several processes, gRPC also goes to their own addresses,
+              where these can be reached.
 
             Except for ``auto``, calls fail with UnavailableError or ExhaustedError if that transport does not
             work.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from deconvd_client.card_calls import CardDispatcher
 
 __all__ = ["Server"]
+
+_T = TypeVar("_T")
 
 _CLOSE_TIMEOUT_S: Final = 0.8
 """How long `Server.close` waits for a server that no longer reads."""
@@ -154,6 +156,12 @@ class Server:
         """See `CallExecutor`."""
         return self.dispatcher.execute_and_keep(call, deadline)
 
+    def run(
+        self, method: Callable[[Server, Call, Deadline], _T], call: Call, deadline: Deadline
+    ) -> _T:
+        """Make a call by a method of this class, as `Replica` has it."""
+        return method(self, call, deadline)
+
     def execute_into(self, call: Call, transfer: Transfer) -> None:
         """Make a call whose arrays are on the host, as `Dispatcher.execute_into` does."""
         self.dispatcher.execute_into(call, transfer)
@@ -170,15 +178,15 @@ class Server:
             return TransportName.GRPC
         return TransportName.UNIX if unix_path(stub.target) else TransportName.TCP
 
-    def info(self) -> ServerInfo:
+    def info(self, deadline: Deadline | None = None) -> ServerInfo:
         """Return the server's version, devices and limits."""
-        deadline = Deadline(self._timeout_s)
+        limit = deadline or Deadline(self._timeout_s)
         session = self.residents.session_name
-        return ServerInfo.from_message(self.route.server_info(deadline, session))
+        return ServerInfo.from_message(self.route.server_info(limit, session))
 
-    def health(self) -> str:
+    def health(self, deadline: Deadline | None = None) -> str:
         """Return its health: ``SERVING``, ``NOT_SERVING`` or another of gRPC's status names."""
-        return self.route.health(Deadline(self._timeout_s))
+        return self.route.health(deadline or Deadline(self._timeout_s))
 
     @property
     def last_ledger(self) -> dict[str, int]:
@@ -188,6 +196,11 @@ class Server:
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """Return a new array, in shared memory if possible. Raises InvalidArgumentError, as `Borrower.empty` does."""
         return self.borrower.empty(shape, dtype, Deadline(self._timeout_s))
+
+    @property
+    def is_lending(self) -> bool:
+        """Whether it is known to lend memory on this host. It is not asked."""
+        return self.borrower.is_lending
 
     def lends_memory(self) -> bool:
         """Return whether it lends memory on this host, as far as is known within the time of a call."""

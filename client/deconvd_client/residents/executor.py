@@ -91,6 +91,10 @@ class ResidentExecutor:
         """The name of the open session. Empty if none is open."""
         return self._session.name
 
+    def knows_session(self, name: bytes) -> bool:
+        """Return whether the session of that name is the one that is open here."""
+        return name == self.session_name
+
     def attempt_context(self, session: bytes, deadline: Deadline) -> AttemptContext:
         """Return what an attempt needs for a call in a session."""
         return AttemptContext(

@@ -18,15 +18,16 @@ from deconvd.wire.ledger import parse_ledger
 from deconvd_client.calls.cancel_scope import CancelScope, abort_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.ledgers import LedgerRecorder
-from deconvd_client.server import Server
 from deconvd_client.server_set.balancer import Balancer, Member, Preference, RunningAttempt
 from deconvd_client.server_set.member_source import MemberSource
 from deconvd_client.server_set.monitor import Monitor
+from deconvd_client.server_set.replica import Replica
 from deconvd_client.transports.retry_policy import RetryPolicy
 
 __all__ = ["AttemptRunner", "Search"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound=Replica)
 
 _MAX_PATIENCE: Final = 64.0
 _PATIENCE_FACTOR: Final = 2.0
@@ -37,12 +38,12 @@ _STOP_PAUSE_S: Final = 0.2
 
 _MIN_RETRY_S: Final = 0.02
 
-_Work: TypeAlias = Callable[[Server, Deadline], _T]
+_Work: TypeAlias = Callable[[_R, Deadline], _T]
 """Makes a call at a server, by a deadline."""
 
 
 @dataclass(eq=False, slots=True)
-class Search(Generic[_T]):
+class Search(Generic[_R, _T]):
     """The search for a server that serves one call.
 
     Attributes:
@@ -55,12 +56,12 @@ class Search(Generic[_T]):
         failures: What they said.
     """
 
-    work: _Work[_T]
-    preference: Callable[[], Preference[Server]]
+    work: _Work[_R, _T]
+    preference: Callable[[], Preference[_R]]
     size_bytes: int
     deadline: Deadline
     patience: float = 1.0
-    vain: list[Member[Server]] = field(default_factory=list)
+    vain: list[Member[_R]] = field(default_factory=list)
     failures: list[DeconvdError] = field(default_factory=list)
 
     def begin_round(self) -> list[DeconvdError]:
@@ -70,7 +71,7 @@ class Search(Generic[_T]):
         return failures
 
 
-class AttemptRunner:
+class AttemptRunner(Generic[_R]):
     """Runs calls at the members of a balancer. Thread-safe.
 
     A call that fails at one member is made at the next if the first cannot be reached, refuses it, stops, falls silent,
@@ -88,9 +89,9 @@ class AttemptRunner:
 
     def __init__(
         self,
-        balancer: Balancer[Server],
-        membership: MemberSource,
-        monitor: Monitor,
+        balancer: Balancer[_R],
+        membership: MemberSource[_R],
+        monitor: Monitor[_R],
         retries: RetryPolicy,
         name_retries: RetryPolicy,
         ledgers: LedgerRecorder,
@@ -105,8 +106,8 @@ class AttemptRunner:
 
     def run(
         self,
-        work: _Work[_T],
-        preference: Callable[[], Preference[Server]],
+        work: _Work[_R, _T],
+        preference: Callable[[], Preference[_R]],
         size_bytes: int,
         deadline: Deadline,
     ) -> _T:
@@ -123,11 +124,11 @@ class AttemptRunner:
         """
         return self.resume(Search(work, preference, size_bytes, deadline))
 
-    def resume(self, search: Search[_T]) -> _T:
+    def resume(self, search: Search[_R, _T]) -> _T:
         """Return what the work of a search returns at the first server that serves it, as `run` does."""
         return self._retries.run(lambda: self._try_members(search), search.deadline)
 
-    def note_error(self, search: Search[_T], member: Member[Server], error: DeconvdError) -> bool:
+    def note_error(self, search: Search[_R, _T], member: Member[_R], error: DeconvdError) -> bool:
         """Note that the work of a search has raised an error at a member. Return whether to try it at others."""
         attempt = RunningAttempt(search.deadline.scope or CancelScope(), search.size_bytes, 1.0)
         return self._note_error(search, member, attempt, error)
@@ -147,7 +148,7 @@ class AttemptRunner:
         self._name_retries.stop()
         self._retries.stop()
 
-    def _try_members(self, search: Search[_T]) -> _T:
+    def _try_members(self, search: Search[_R, _T]) -> _T:
         """Try every member that gets calls, once."""
         if self._is_closed:
             raise CallCancelledError("the connection is closed")
@@ -169,7 +170,7 @@ class AttemptRunner:
                 self._balancer.end(member, attempt)
 
     def _try_member(
-        self, member: Member[Server], attempt: RunningAttempt, search: Search[_T]
+        self, member: Member[_R], attempt: RunningAttempt, search: Search[_R, _T]
     ) -> _T:
         self._monitor.note_call()
         limit = search.deadline.with_limit(search.deadline.remaining_s())
@@ -183,8 +184,8 @@ class AttemptRunner:
 
     def _note_error(
         self,
-        search: Search[_T],
-        member: Member[Server],
+        search: Search[_R, _T],
+        member: Member[_R],
         attempt: RunningAttempt,
         error: DeconvdError,
     ) -> bool:
@@ -198,9 +199,9 @@ class AttemptRunner:
 
     def _judge(
         self,
-        member: Member[Server],
+        member: Member[_R],
         attempt: RunningAttempt,
-        search: Search[_T],
+        search: Search[_R, _T],
         error: DeconvdError,
     ) -> DeconvdError | None:
         """Note an error of a member; return what to remember of it if the next is to be tried, else None."""
@@ -234,7 +235,7 @@ class AttemptRunner:
         return error
 
     def _conclude(
-        self, failures: Sequence[DeconvdError], preference: Preference[Server]
+        self, failures: Sequence[DeconvdError], preference: Preference[_R]
     ) -> DeconvdError:
         """Return the error of a round in which no member has served a call."""
         unavailable = [error for error in failures if isinstance(error, UnavailableError)]

@@ -124,6 +124,11 @@ class Member(Generic[_S]):
         return max(self._pause.remaining_s, self._outlier_pause.remaining_s)
 
     @property
+    def running_count(self) -> int:
+        """How many calls from here run there."""
+        return len(self.quick_calls) + len(self.attempts)
+
+    @property
     def expected_wait_s(self) -> float:
         """How long a call would have to wait there, by what this client knows."""
         age_s = time.monotonic() - self._queue_time_s
@@ -193,6 +198,10 @@ class Balancer(Generic[_S]):
     def configured(self) -> tuple[Member[_S], ...]:
         """All members that are not RETIRED, in the same order."""
         return tuple(m for m in self.members if m.state is not MemberState.RETIRED)
+
+    def has_serving(self) -> bool:
+        """Return whether a member that is no spare gets calls."""
+        return any(m.state is MemberState.SERVING and not m.is_spare for m in self.members)
 
     def find(self, identity: bytes) -> Member[_S] | None:
         """Return the member with an identity, also a RETIRED one; None if there is none."""

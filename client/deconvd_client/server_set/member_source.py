@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from deconvd_client.calls.deadline import Deadline
-from deconvd_client.server import Server
 from deconvd_client.server_set.balancer import Member
+from deconvd_client.server_set.replica import Replica
 
 __all__ = ["MemberSource"]
 
+_R = TypeVar("_R", bound=Replica)
 
-class MemberSource(Protocol):
+
+class MemberSource(Protocol[_R]):
     """Keeps the members of a balancer those that there are. Thread-safe."""
 
     def wait_for_names(self, deadline: Deadline) -> None:
@@ -20,7 +22,7 @@ class MemberSource(Protocol):
     def note_failure(self) -> None:
         """Have the members looked up soon: one of them fails."""
 
-    def probe(self, member: Member[Server], deadline: Deadline) -> str:
+    def probe(self, member: Member[_R], deadline: Deadline) -> str:
         """Return the health of a member, in one of gRPC's words. Raises a DeconvdError if it does not answer."""
 
     @property

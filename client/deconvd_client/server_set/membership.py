@@ -13,9 +13,8 @@ from deconvd.errors import UnavailableError
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.credentials import Credentials
-from deconvd_client.server import Server
 from deconvd_client.server_set.balancer import Balancer, Member
-from deconvd_client.transports.route import TransportName
+from deconvd_client.server_set.replica import Replica
 from deconvd_client.transports.targets import host_of, is_name_of_several, port_of, proxy_of
 
 __all__ = ["Membership"]
@@ -67,6 +66,7 @@ class Membership:
         credentials: Those for each target. An address of a name has the credentials of the name, whose certificate its
             server must have.
         open_server: Returns the server at a target, with some credentials. Nothing is sent to it yet.
+        open_lane: Returns those behind a proxy that a lane leads to, likewise.
         balancer: Gets the members.
     """
 
@@ -74,11 +74,13 @@ class Membership:
         self,
         targets: Sequence[str],
         credentials: Mapping[str, Credentials],
-        open_server: Callable[..., Server],
-        balancer: Balancer[Server],
+        open_server: Callable[..., Replica],
+        open_lane: Callable[..., Replica],
+        balancer: Balancer[Replica],
     ) -> None:
         self._credentials = credentials
         self._open_server = open_server
+        self._open_lane = open_lane
         self._balancer = balancer
         self._names = [target for target in targets if is_name_of_several(target)]
         self._fixed = [
@@ -113,9 +115,9 @@ class Membership:
         """Have the names looked up soon: a server fails, and may be somewhere else now."""
         self._has_failure = True
 
-    def probe(self, member: Member[Server], deadline: Deadline) -> str:
+    def probe(self, member: Member[Replica], deadline: Deadline) -> str:
         """Return the health of a member."""
-        return member.server.route.health(deadline)
+        return member.server.health(deadline)
 
     @property
     def next_lookup_s(self) -> float:
@@ -153,12 +155,11 @@ class Membership:
             known = self._balancer.find(identity)
             self._balancer.add(known or Member(identity, self._open(address)))
 
-    def _open(self, address: _Address) -> Server:
+    def _open(self, address: _Address) -> Replica:
         credentials = self._credentials[address.given]
         if address.lane is not None:
             credentials = credentials.with_header(_AFFINITY_HEADER, str(address.lane))
-            transport = TransportName.GRPC
-            return self._open_server(address.target, credentials=credentials, transport=transport)
+            return self._open_lane(address.target, credentials=credentials)
         if address.given != address.target:
             credentials = credentials.for_name(host_of(address.given))
         return self._open_server(address.target, credentials=credentials)

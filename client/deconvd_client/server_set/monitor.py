@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from functools import partial
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError, UnavailableError
 from deconvd.host.forks import register_fork_reset
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import run_in_background
-from deconvd_client.server import Server
 from deconvd_client.server_set.background_loop import BackgroundLoop
 from deconvd_client.server_set.balancer import Balancer, Member, MemberState
 from deconvd_client.server_set.member_source import MemberSource
+from deconvd_client.server_set.replica import Replica
 
 __all__ = ["Monitor"]
+
+_R = TypeVar("_R", bound=Replica)
 
 _SILENCE_S: Final = 0.4
 """How long a server with a running call may give no sign of life before it is probed."""
@@ -40,7 +42,7 @@ _SERVING: Final = "SERVING"
 _log = logging.getLogger(__name__)
 
 
-class Monitor:
+class Monitor(Generic[_R]):
     """Probes the members of a balancer, by gRPC's health protocol, where there is a reason to. Thread-safe.
 
         a call runs, and no sign of life for a while   probed; if it is silent it is OUT, and its calls go elsewhere
@@ -55,12 +57,12 @@ class Monitor:
         membership: Says which members there are, and how they are probed.
     """
 
-    def __init__(self, balancer: Balancer[Server], membership: MemberSource) -> None:
+    def __init__(self, balancer: Balancer[_R], membership: MemberSource[_R]) -> None:
         self._balancer = balancer
         self._membership = membership
         self._loop = BackgroundLoop(self._look)
-        self._probing: set[Member[Server]] = set()
-        self._suspects: set[Member[Server]] = set()
+        self._probing: set[Member[_R]] = set()
+        self._suspects: set[Member[_R]] = set()
         self._was_used = False  # since the last look
         self._is_lookup_wanted = False  # a call was made since the last one
         register_fork_reset(self)
@@ -76,7 +78,7 @@ class Monitor:
         if self._loop.is_asleep:
             self._loop.wake()
 
-    def note_refusal(self, member: Member[Server]) -> None:
+    def note_refusal(self, member: Member[_R]) -> None:
         """Have a member probed soon: it refuses calls, and perhaps drains."""
         self._suspects.add(member)
         self._loop.wake()
@@ -108,7 +110,7 @@ class Monitor:
             next_s = min(next_s, lookup_s or _TICK_S)
         return next_s
 
-    def _look_at(self, member: Member[Server]) -> float:
+    def _look_at(self, member: Member[_R]) -> float:
         """Probe one member if that is due; return in how many seconds to look at it again."""
         if member in self._probing:
             return _TICK_S
@@ -135,13 +137,13 @@ class Monitor:
             self._probe(member, patience)
         return _TICK_S
 
-    def _probe(self, member: Member[Server], patience: float) -> None:
+    def _probe(self, member: Member[_R], patience: float) -> None:
         """Ask a member for its health, in the background."""
         self._probing.add(member)
         member.probe_s = time.monotonic()
         run_in_background(partial(self._ask, member, patience))
 
-    def _ask(self, member: Member[Server], patience: float) -> None:
+    def _ask(self, member: Member[_R], patience: float) -> None:
         name = member.identity.decode()
         was_out = member.state is MemberState.OUT
         try:
@@ -168,14 +170,14 @@ class Monitor:
             self._probing.discard(member)
             self._loop.wake()
 
-    def _note_silence(self, member: Member[Server], error: UnavailableError) -> None:
+    def _note_silence(self, member: Member[_R], error: UnavailableError) -> None:
         for attempt in self._balancer.note_silence(member, error):
             attempt.scope.cancel(str(error))
         if member.state is not MemberState.SERVING:
             _log.info("%s: it gets no calls, and is probed", error)
             self._note_absence(member, error)
 
-    def _note_absence(self, member: Member[Server], error: UnavailableError) -> None:
+    def _note_absence(self, member: Member[_R], error: UnavailableError) -> None:
         if member.state is MemberState.RETIRED and not member.attempts:
             self._balancer.remove(member)
             member.server.close()

@@ -34,6 +34,7 @@ from deconvd_client.server_set.call_parts import (
 )
 from deconvd_client.server_set.membership import Membership
 from deconvd_client.server_set.monitor import Monitor
+from deconvd_client.server_set.replica import Replica
 from deconvd_client.server_set.resident_places import SpreadResidents
 from deconvd_client.transports.retry_policy import NoRetries, RetryPolicy
 
@@ -56,12 +57,14 @@ class ServerSet:
     goes, and `AttemptRunner` makes it there, or elsewhere if it fails.
 
     A call whose operands are all on this side is split if it is large. Its parts go to different servers, in the order
-    for its W. A smaller one goes to the server that has its W, if that is large enough to be kept there.
+    for its W. A smaller one goes to the server that has its W, if that is large enough to be kept there. Which of a
+    server's processes makes a call is the server's own business: it is a `Replica`.
 
     Args:
         targets: As `parse_targets` returns them.
         credentials: Those for each target.
         open_server: Returns the server at a target, to which nothing is sent yet.
+        open_lane: Returns those behind a proxy that a lane leads to, likewise.
         timeout_s: How long each call may take, in seconds.
         fail_fast: Whether a call fails at once if no server can be reached.
 
@@ -74,7 +77,8 @@ class ServerSet:
         self,
         targets: Sequence[str],
         credentials: Mapping[str, Credentials],
-        open_server: Callable[..., Server],
+        open_server: Callable[..., Replica],
+        open_lane: Callable[..., Replica],
         *,
         timeout_s: float,
         fail_fast: bool,
@@ -82,9 +86,15 @@ class ServerSet:
         self._timeout_s = timeout_s
         self._is_closed = False
         self.ledgers: LedgerRecorder = LedgerRecorder()
-        open_member = partial(open_server, retries=NoRetries(), ledgers=self.ledgers)
-        self._balancer: Balancer[Server] = Balancer()
-        self._membership = Membership(targets, credentials, open_member, self._balancer)
+        options = {"retries": NoRetries(), "ledgers": self.ledgers}
+        self._balancer: Balancer[Replica] = Balancer()
+        self._membership = Membership(
+            targets,
+            credentials,
+            partial(open_server, **options),
+            partial(open_lane, **options),
+            self._balancer,
+        )
         self._monitor = Monitor(self._balancer, self._membership)
         self._runner = AttemptRunner(
             self._balancer,
@@ -94,7 +104,9 @@ class ServerSet:
             RetryPolicy(fail_fast=fail_fast),
             self.ledgers,
         )
-        self.residents: SpreadResidents = SpreadResidents(self._balancer, self._runner, timeout_s)
+        self.residents: SpreadResidents[Replica] = SpreadResidents(
+            self._balancer, self._runner, timeout_s
+        )
 
     def execute(self, call: Call) -> dict[str, Array]:
         """See `CallExecutor`."""
@@ -105,16 +117,16 @@ class ServerSet:
             parts = split_call(call, len(self._balancer.configured))
             if len(parts) > 1:
                 return self._execute_parts(call, parts, deadline)
-        return self._run(Server.execute, call, deadline)
+        return self._run(_execute, call, deadline)
 
     def execute_and_keep(self, call: Call) -> dict[str, Resident]:
         """See `CallExecutor`."""
-        return self._run(Server.execute_and_keep, call, Deadline(self._timeout_s))
+        return self._run(_execute_and_keep, call, Deadline(self._timeout_s))
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """Return a new array: in memory shared with a server if one on this host is known to lend some."""
         members = self._balancer.configured
-        lenders = [member for member in members if member.server.borrower.is_lending] or members
+        lenders = [member for member in members if member.server.is_lending] or members
         for member in lenders:
             if member.state is MemberState.SERVING:
                 return member.server.empty(shape, dtype)
@@ -123,9 +135,7 @@ class ServerSet:
     def info(self) -> ServerInfo:
         """Return what one of the servers says about itself: the one that has residents, if there is one."""
         return self._runner.run(
-            lambda server, limit: ServerInfo.from_message(
-                server.route.server_info(limit, server.residents.session_name)
-            ),
+            lambda server, limit: server.info(limit),
             lambda: self.residents.home_preference,
             0,
             Deadline(self._timeout_s),
@@ -147,7 +157,7 @@ class ServerSet:
         for asked_count, member in enumerate(members):
             limit = deadline.with_limit(deadline.remaining_s() / (len(members) - asked_count))
             try:
-                health = member.server.route.health(limit)
+                health = member.server.health(limit)
             except (UnavailableError, DeadlineError) as error:
                 failure = error
             if health == _SERVING:
@@ -192,7 +202,7 @@ class ServerSet:
             yield f"{count} of {len(members)} servers in use"
 
     def _run(
-        self, method: Callable[[Server, Call, Deadline], _T], call: Call, deadline: Deadline
+        self, method: Callable[[Replica, Call, Deadline], _T], call: Call, deadline: Deadline
     ) -> _T:
         """Make a call at the server that suits it best."""
         call, key = self._take_key(call)
@@ -207,9 +217,9 @@ class ServerSet:
 
     def _run_with_key(
         self,
-        method: Callable[[Server, Call, Deadline], _T],
+        method: Callable[[Replica, Call, Deadline], _T],
         call: Call,
-        preference: Preference[Server],
+        preference: Preference[Replica],
         deadline: Deadline,
     ) -> _T:
         return self._runner.run(
@@ -230,7 +240,7 @@ class ServerSet:
             source = None
         if source is None or source.array.nbytes < _MIN_KEY_BYTES:
             return call, b""
-        if all(member.server.borrower.is_lending for member in self._balancer.configured):
+        if all(member.server.is_lending for member in self._balancer.configured):
             return call, b""  # it is copied into shared memory, which is faster than a digest
         return replace(call, sources={"w": source}), source.digest.blake3
 
@@ -248,7 +258,7 @@ class ServerSet:
         def execute(part: CallPart) -> str:
             try:
                 part_call = replace(part.call, sources=call.sources)
-                preference: Preference[Server] = Preference(key, part.number)
+                preference: Preference[Replica] = Preference(key, part.number)
                 joiner.add(part, self._run_with_key(_execute_part, part_call, preference, limit))
             except BaseException as error:
                 failures.append(error)  # before the others fail, since they are cancelled
@@ -275,7 +285,19 @@ class ServerSet:
         return joiner.results()
 
 
-def _execute_part(server: Server, part: Call, deadline: Deadline) -> dict[str, Array]:
+def _execute(replica: Replica, call: Call, deadline: Deadline) -> dict[str, Array]:
+    return replica.run(Server.execute, call, deadline)
+
+
+def _execute_and_keep(replica: Replica, call: Call, deadline: Deadline) -> dict[str, Resident]:
+    return replica.execute_and_keep(call, deadline)
+
+
+def _execute_part(replica: Replica, part: Call, deadline: Deadline) -> dict[str, Array]:
+    return replica.run(_execute_wide, part, deadline)
+
+
+def _execute_wide(server: Server, part: Call, deadline: Deadline) -> dict[str, Array]:
     """Make a part of a call. Its sums come in the type in which they are summed, if the server can do that."""
     wide = widen_sums(part)
     if wide is not None and server.route.target_stub.has_feature(WIDE_SUMS, deadline):

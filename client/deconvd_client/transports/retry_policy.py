@@ -12,7 +12,14 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import TlsFailureError
 
-__all__ = ["NoRetries", "PinnedTransportError", "RetryPolicy", "SingleRound", "name_limit"]
+__all__ = [
+    "NoRetries",
+    "PinnedTransportError",
+    "RetriedElsewhere",
+    "RetryPolicy",
+    "SingleRound",
+    "name_limit",
+]
 
 _T = TypeVar("_T")
 
@@ -178,6 +185,35 @@ class NoRetries(RetryPolicy):
     def run_once(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
         """Return what `attempt` returns."""
         return attempt()
+
+
+class RetriedElsewhere(NoRetries):
+    """Makes each attempt once, at the workers of a server that is beside others.
+
+    If a call fails that only one worker could serve, its caller must not take the whole server for lost.
+
+    Args:
+        serves: Returns whether the server has other workers, which serve.
+    """
+
+    def __init__(self, serves: Callable[[], bool]) -> None:
+        super().__init__()
+        self._serves = serves
+
+    def run(
+        self, attempt: Callable[[], _T], deadline: Deadline, *, waits_while_full: bool = True
+    ) -> _T:
+        """Return what `attempt` returns.
+
+        Raises:
+            UnavailableError: As `attempt` does. The server counts as reached if others serve there.
+        """
+        try:
+            return attempt()
+        except UnavailableError as error:
+            if error.was_reached or not self._serves():
+                raise
+            raise UnavailableError(str(error), retry_after_s=0.0) from None
 
 
 class SingleRound(RetryPolicy):

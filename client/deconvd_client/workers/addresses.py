@@ -50,7 +50,7 @@ def worker_targets(
     sockets = [f"unix:{found}" for found in find_worker_sockets(worker, path, owners)]
     if path:
         return sockets
-    targets = [] if transport is TransportName.TCP else sockets
+    targets = [] if transport in (TransportName.TCP, TransportName.GRPC) else sockets
     is_far_allowed = transport is not TransportName.UNIX and host_of(target)
     if worker.grpc_port and is_far_allowed and (credentials.tls or not credentials.token()):
         targets = [*targets, with_port(target, worker.grpc_port)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from deconvd_client.residents import Call, Resident
 from deconvd_client.server import Server
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory.memory_kind import HOST_MEMORY
+from deconvd_client.transports.retry_policy import RetryPolicy
 from deconvd_client.transports.route import TransportName
 from deconvd_client.transports.side_sockets import any_owner, trusted_owners
 from deconvd_client.workers.addresses import is_shared, worker_targets
@@ -30,8 +31,13 @@ from deconvd_client.workers.worker_set import WorkerSet
 
 __all__ = ["Host"]
 
+_T = TypeVar("_T")
+
 _DISCOVERY_TIMEOUT_S: Final = 5.0
 """How long a server may take to say for the first time whether it has workers."""
+
+_SET_PATIENCE_S: Final = 1.0
+"""The same in a set of servers. There another one takes the call of a server that is silent for a little longer."""
 
 _FAR_PATIENCE_S: Final = 0.02
 """How long a call with large tensors waits for that over TCP, as for all that is found out about a server."""
@@ -39,6 +45,8 @@ _FAR_PATIENCE_S: Final = 0.02
 
 class Host:
     """What is behind the target of one server. It has the methods of `Server` that a connection uses. Thread-safe.
+
+    It can also be one of several servers: a `Replica`.
 
     Until the server has said whether it has workers, and if it has none, calls go to its `entry`, as if this class did
     not exist. What one worker keeps or lends waits for the answer: tensors that are put, large operands and `empty`. If
@@ -51,6 +59,8 @@ class Host:
         open_server: Returns the server at a target, to which nothing is sent yet.
         timeout_s: How long each call may take, in seconds.
         fail_fast: Whether a call fails at once if the server cannot be reached.
+        retries: Retries its calls, if it is one of several servers; None if it is alone, for what `fail_fast` says.
+        ledgers: Records the ledgers of its calls; None if it is alone.
 
     Attributes:
         entry: The server at the target, whichever process answers there.
@@ -66,9 +76,12 @@ class Host:
         *,
         timeout_s: float,
         fail_fast: bool,
+        retries: RetryPolicy | None = None,
+        ledgers: LedgerRecorder | None = None,
     ) -> None:
         self._timeout_s = timeout_s
         self._fail_fast = fail_fast
+        self._is_replica = retries is not None
         self._open_worker = partial(open_server, credentials=credentials)
         path = unix_path(target)
         self._find_targets = partial(
@@ -79,23 +92,25 @@ class Host:
             owners=any_owner if credentials.is_empty else partial(trusted_owners, path),
         )
         self._is_shared = partial(is_shared, target)
-        self._patience_s = _DISCOVERY_TIMEOUT_S if path else _FAR_PATIENCE_S
+        self._kept_patience_s = _SET_PATIENCE_S if self._is_replica else _DISCOVERY_TIMEOUT_S
+        self._patience_s = self._kept_patience_s if path else _FAR_PATIENCE_S
         self.entry: Server = open_server(
             target,
             credentials=credentials,
+            retries=retries,
+            ledgers=ledgers,
             note_info=weak_call(self._note_info),
         )
         self.ledgers: LedgerRecorder = self.entry.ledgers
-        # calls by the target alone are for whichever process answers there
-        self._is_settled = transport is TransportName.GRPC
+        self._is_settled = False
+        # a direct connection asks what the server is made of, gRPC alone does not
+        self._must_ask = self.entry.route.target_stub.direct is None
         self._discovery = SharedTask()
         self._lock = new_lock()
         self._info: pb.GetServerInfoResponse | None = None  # the last answer of the entry
         self._workers: WorkerSet | None = None
         self._way: Server | WorkerSet = self.entry
         self._is_closed = False
-        if self._is_settled:
-            self._take_way()
 
     @property
     def residents(self) -> Host:
@@ -108,40 +123,53 @@ class Host:
         Once it is settled who makes the calls, their own method replaces this one: small calls notice each function.
         """
         deadline = Deadline(self._timeout_s)
-        if any(map(_is_bound, call.operands.values())):
-            self._settle(deadline, self._patience_s)
+        self._settle_for(call, deadline)
         if isinstance(self._way, Server):
             return self._way.execute(call, deadline)
         return self._way.execute(call)
 
-    def execute_and_keep(self, call: Call) -> dict[str, Resident]:
+    def run(
+        self, method: Callable[[Server, Call, Deadline], _T], call: Call, deadline: Deadline
+    ) -> _T:
+        """See `Replica`."""
+        if not self._is_settled:
+            self._settle_for(call, deadline)
+        return self._way.run(method, call, deadline)
+
+    def execute_and_keep(self, call: Call, deadline: Deadline | None = None) -> dict[str, Resident]:
         """See `CallExecutor`."""
-        deadline = Deadline(self._timeout_s)
-        self._settle(deadline, _DISCOVERY_TIMEOUT_S)
-        return self._way.execute_and_keep(call, deadline)
+        limit = deadline or Deadline(self._timeout_s)
+        self._settle(limit, self._kept_patience_s)
+        return self._way.execute_and_keep(call, limit)
 
-    def put(self, array: Array) -> Resident:
-        """See `ResidentStore`."""
-        deadline = Deadline(self._timeout_s)
-        self._settle(deadline, _DISCOVERY_TIMEOUT_S)
-        return self._way.residents.put(array, deadline)
+    def put(self, array: Array, deadline: Deadline | None = None) -> Resident:
+        """See `ResidentStore` and `ReplicaResidents`."""
+        limit = deadline or Deadline(self._timeout_s)
+        self._settle(limit, self._kept_patience_s)
+        return self._way.residents.put(array, limit)
 
-    def get(self, resident: Resident) -> Array:
-        """See `ResidentStore`."""
-        return self._way.residents.get(resident)
+    def get(self, resident: Resident, deadline: Deadline | None = None) -> Array:
+        """See `ResidentStore` and `ReplicaResidents`."""
+        return self._way.residents.get(resident, deadline)
+
+    def knows_session(self, name: bytes) -> bool:
+        """See `ReplicaResidents`."""
+        # that of the entry may have begun before there were workers, which have the entry among them
+        owner = self.entry if self._workers is None else self._workers
+        return owner.residents.knows_session(name)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """Return a new array, as `Server.empty` and `WorkerSet.empty` do."""
-        self._settle(Deadline(self._timeout_s), _DISCOVERY_TIMEOUT_S)
+        self._settle(Deadline(self._timeout_s), self._kept_patience_s)
         return self._way.empty(shape, dtype)
 
-    def info(self) -> ServerInfo:
+    def info(self, deadline: Deadline | None = None) -> ServerInfo:
         """Return what the server says about itself; of several workers, what the one says that the client keeps to."""
-        return self._way.info()
+        return self._way.info(deadline)
 
-    def health(self) -> str:
+    def health(self, deadline: Deadline | None = None) -> str:
         """Return ``SERVING`` if the server, or one of its workers, serves; else another of gRPC's status names."""
-        return self._way.health()
+        return self._way.health(deadline)
 
     @property
     def last_ledger(self) -> dict[str, int]:
@@ -151,6 +179,11 @@ class Host:
     def clear_last_ledger(self) -> None:
         """Forget the ledger of this thread's last call."""
         self.ledgers.forget_last()
+
+    @property
+    def is_lending(self) -> bool:
+        """Whether memory is known to be lent on this host. Nobody is asked."""
+        return self._way.is_lending
 
     def lends_memory(self) -> bool:
         """Return whether the server lends memory on this host, as far as is known within the time of a call."""
@@ -170,6 +203,13 @@ class Host:
         """Return in words how calls travel now, and what is open, as far as is known without asking the server."""
         return ["closed"] if self._is_closed else self._way.describe()
 
+    def _settle_for(self, call: Call, deadline: Deadline) -> None:
+        """Wait as long as a call should until it is settled who makes it."""
+        if any(map(_is_bound, call.operands.values())):
+            self._settle(deadline, self._patience_s)
+        elif self._must_ask:
+            self._settle(deadline, 0.0)
+
     def _settle(self, deadline: Deadline, patience_s: float) -> None:
         """Wait until it is settled who makes the calls, as far as there is time."""
         if not self._is_settled:
@@ -182,7 +222,10 @@ class Host:
         if workers is not None:
             workers.note_answer()
         elif self._is_shared(info):
-            self._discovery.run(self._find_workers, 0.0)
+            if (
+                not self._must_ask
+            ):  # else whoever makes a call asks, and whoever only looks uses no worker
+                self._discovery.run(self._find_workers, 0.0)
         elif not self._is_settled:
             self._take_way()
             self._is_settled = True
@@ -214,6 +257,7 @@ class Host:
                 self.ledgers,
                 timeout_s=self._timeout_s,
                 fail_fast=self._fail_fast,
+                is_replica=self._is_replica,
                 on_order=weak_call(self._take_way),
             )
             return self._workers

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import count
+from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -31,7 +32,13 @@ from deconvd_client.server_set.call_parts import call_size_bytes
 from deconvd_client.server_set.monitor import Monitor
 from deconvd_client.server_set.resident_places import SpreadResidents
 from deconvd_client.shared_memory.memory_kind import HOST_MEMORY
-from deconvd_client.transports.retry_policy import NoRetries, RetryPolicy, SingleRound, name_limit
+from deconvd_client.transports.retry_policy import (
+    NoRetries,
+    RetriedElsewhere,
+    RetryPolicy,
+    SingleRound,
+    name_limit,
+)
 from deconvd_client.workers.home_keeper import HomeKeeper
 from deconvd_client.workers.weak_call import weak_call
 from deconvd_client.workers.worker_membership import WorkerMembership
@@ -46,6 +53,14 @@ _PLAIN_TYPES: Final = frozenset((np.ndarray,))
 _HOST_TYPES: Final = frozenset((np.ndarray, Resident))
 
 _CLOSE_TIMEOUT_S: Final = 0.9
+
+_HEALTHY: Final = "SERVING"
+
+_ASKED_COUNT: Final = 4
+"""How many workers are asked for the health of all."""
+
+_WORKERS_PART: Final = 0.75
+"""Which part of the time they have for that. The rest is the entry's."""
 
 
 class _ThreadPlace(threading.local):
@@ -64,7 +79,8 @@ class WorkerSet:
 
     The way of a call that succeeds is short: no attempt is recorded for it, and nobody watches it. If it fails, the
     others are tried by an `AttemptRunner`, at last the entry: the address that the caller has given, which waits for a
-    server as if there were no workers.
+    server as if there were no workers. As one of several servers (see `Replica`), it makes each call by such a runner:
+    a worker that falls silent is left by its calls, as a server would be.
 
     Args:
         entry: The server at that address.
@@ -73,6 +89,7 @@ class WorkerSet:
         ledgers: Those of all of them.
         timeout_s: How long each call may take, in seconds.
         fail_fast: Whether a call fails at once if no server can be reached.
+        is_replica: Whether there are other servers, so that calls that fail here are made elsewhere.
         on_order: Called after `has_home` may have changed.
 
     Attributes:
@@ -88,6 +105,7 @@ class WorkerSet:
         *,
         timeout_s: float,
         fail_fast: bool,
+        is_replica: bool,
         on_order: Callable[[], None],
     ) -> None:
         self._timeout_s = timeout_s
@@ -105,20 +123,25 @@ class WorkerSet:
         self._on_order = on_order
         self._keeper = HomeKeeper(self._membership, weak_call(self._note_order))
         self._monitor = Monitor(self._balancer, self._membership)
-        # the entry waits for a server by itself, but a resident that one worker has waits for that one
+        policies: tuple[RetryPolicy, RetryPolicy]
+        if is_replica:
+            policies = (RetriedElsewhere(self._balancer.has_serving),) * 2
+        else:
+            # the entry waits for a server by itself, but a resident that one worker has waits for that one
+            policies = (SingleRound(), RetryPolicy(fail_fast=fail_fast))
         self._runner, self._bound_runner = (
             AttemptRunner(
                 self._balancer,
                 self._membership,
                 self._monitor,
-                retries,
+                policy,
                 RetryPolicy(fail_fast=fail_fast),
                 ledgers,
             )
-            for retries in (SingleRound(), RetryPolicy(fail_fast=fail_fast))
+            for policy in policies
         )
         keeper = self._keeper
-        self.residents: SpreadResidents = SpreadResidents(
+        self.residents: SpreadResidents[Server] = SpreadResidents(
             self._balancer, self._bound_runner, timeout_s, lambda: keeper.home
         )
         self._place = _ThreadPlace()
@@ -173,6 +196,13 @@ class WorkerSet:
             member.quick_calls.discard(deadline)
         return self._runner.resume(search)
 
+    def run(
+        self, method: Callable[[Server, Call, Deadline], _T], call: Call, deadline: Deadline
+    ) -> _T:
+        """See `Replica`. The worker is watched meanwhile."""
+        self._note_use()
+        return self._run_watched(method, call, deadline, self._place_preference)
+
     def execute_and_keep(self, call: Call, deadline: Deadline | None = None) -> dict[str, Resident]:
         """See `CallExecutor`.
 
@@ -190,27 +220,34 @@ class WorkerSet:
             member = self._choose(member)
         return member.server.empty(shape, dtype)
 
-    def info(self) -> ServerInfo:
+    def info(self, deadline: Deadline | None = None) -> ServerInfo:
         """Return what the home says about itself."""
         home = self._keeper.home
         return self._runner.run(
-            lambda server, limit: ServerInfo.from_message(
-                server.route.server_info(limit, server.residents.session_name)
-            ),
+            lambda server, limit: server.info(limit),
             lambda: self.residents.home_preference if home is None else Preference(holders=(home,)),
             0,
-            Deadline(self._timeout_s),
+            deadline or Deadline(self._timeout_s),
         )
 
-    def health(self) -> str:
-        """Return ``SERVING`` if a worker serves, else what the entry says."""
-        deadline = Deadline(self._timeout_s)
-        for member in self._keeper.order:
-            with suppress(DeconvdError):
-                limit = deadline.with_limit(deadline.remaining_s() / 4)
-                if (health := member.server.route.health(limit)) == "SERVING":
+    def health(self, deadline: Deadline | None = None) -> str:
+        """Return ``SERVING`` if a worker serves, else what the entry says. One that is stopped delays no other."""
+        deadline = deadline or Deadline(self._timeout_s)
+        limit = deadline.with_limit(_WORKERS_PART * deadline.remaining_s())
+        answers: SimpleQueue[str] = SimpleQueue()
+        members = self._keeper.order[:_ASKED_COUNT]
+        for member in members:
+            run_in_background(partial(_tell_health, member.server, limit, answers))
+        with suppress(Empty):
+            for _ in members:
+                if (health := answers.get(timeout=limit.remaining_s())) == _HEALTHY:
                     return health
-        return self._entry.server.route.health(deadline)
+        return self._entry.server.health(deadline)
+
+    @property
+    def is_lending(self) -> bool:
+        """Whether the home is known to lend memory on this host. It is not asked."""
+        return (self._keeper.home or self._entry).server.is_lending
 
     def lends_memory(self) -> bool:
         """Return whether the home lends memory on this host."""
@@ -257,10 +294,10 @@ class WorkerSet:
         if self._is_link_slow(ready[0]):
             return ready[0]  # the link is what is full, and W would be sent to each
         self._forget_ended()
-        if preferred.quick_calls:
+        if preferred.running_count:
             self._assign_place()
             preferred = order[self._place.number % len(order)]
-        return min(ready, key=lambda member: (len(member.quick_calls), member is not preferred))
+        return min(ready, key=lambda member: (member.running_count, member is not preferred))
 
     def _forget_ended(self) -> None:
         """Forget calls whose ends an interrupt has kept from being noted."""
@@ -321,7 +358,7 @@ class WorkerSet:
         deadline: Deadline,
         member: Member[Server],
         error: DeconvdError,
-    ) -> Search[_T] | None:
+    ) -> Search[Server, _T] | None:
         """Return a search for another server that makes a call which has failed at one; None if the error is final."""
         search = Search(
             lambda server, limit: method(server, self.residents.gather(call, server), limit),
@@ -338,15 +375,42 @@ class WorkerSet:
         self, method: Callable[[Server, Call, Deadline], _T], call: Call, deadline: Deadline
     ) -> _T:
         """Make a call with residents that others have or that will be kept, or with arrays on cards."""
-        self._keeper.was_used = True
-        if self._keeper.is_dormant:
-            self._keeper.wake()
+        self._note_use()
+        return self._run_watched(method, call, deadline, self._card_preference)
+
+    def _note_use(self) -> None:
+        keeper = self._keeper
+        keeper.was_used = True
+        if keeper.is_dormant:
+            keeper.wake()
+
+    def _run_watched(
+        self,
+        method: Callable[[Server, Call, Deadline], _T],
+        call: Call,
+        deadline: Deadline,
+        preference_without_residents: Callable[[Call], Preference[Server]],
+    ) -> _T:
+        """Make a call at the worker that has its residents, or else by another preference; elsewhere if that fails."""
         return self._bound_runner.run(
             lambda server, limit: method(server, self.residents.gather(call, server), limit),
-            lambda: self.residents.preference_for(call) or self._card_preference(call),
+            lambda: self.residents.preference_for(call) or preference_without_residents(call),
             call_size_bytes(call),
             deadline,
         )
+
+    def _place_preference(self, call: Call) -> Preference[Server]:
+        """Return the preference for the worker that `execute` would choose for a call without residents."""
+        tensors = (call.results_like, *call.operands.values())
+        if not _HOST_TYPES.issuperset(map(type, tensors)):
+            return self._card_preference(call)
+        member = self._find_lender(call) if len(self._lenders) > 1 else None
+        if member is None:
+            order = self._keeper.order
+            member = order[self._place.number % len(order)] if order else self._entry
+            if member.running_count or member.state is not _SERVING or member.is_pausing:
+                member = self._choose(member)
+        return Preference(holders=(member,))
 
     def _card_preference(self, call: Call) -> Preference[Server]:
         """Return the preference for the home, or for a worker with the card that a call's arrays are on."""
@@ -359,6 +423,14 @@ class WorkerSet:
         if home is not None and (home in members or not members):
             members = [home]
         return Preference(holders=tuple(members[:1]))
+
+
+def _tell_health(server: Server, deadline: Deadline, answers: SimpleQueue[str]) -> None:
+    """Ask a server for its health, and pass its answer on; an empty one if it gives none."""
+    health = ""
+    with suppress(DeconvdError):
+        health = server.health(deadline)
+    answers.put(health)
 
 
 def _fulfil(promise: Promise[None], server: Server) -> None:
