@@ -167,7 +167,7 @@ def test_calls_that_fill_the_budget_to_the_last_byte_run_together() -> None:
 
 
 def test_a_small_call_does_not_overtake_a_large_one_that_waits() -> None:
-    admission = Admission(9, 100, 2)
+    admission = Admission(9, 100, 4)
     first, large, small = started(admission, 60), waiting(admission, 80), waiting(admission, 30)
 
     first.end()
@@ -180,7 +180,7 @@ def test_a_small_call_does_not_overtake_a_large_one_that_waits() -> None:
 
 
 def test_calls_start_in_the_order_they_came() -> None:
-    admission, order = Admission(1, 100, 8), list[int]()
+    admission, order = Admission(1, 100, 16), list[int]()
     first = started(admission)
     line = [waiting(admission) for _ in range(8)]
 
@@ -206,13 +206,15 @@ def test_a_call_that_would_never_fit_is_refused_though_the_server_is_idle() -> N
 
 
 def test_one_more_than_may_wait_is_refused_at_once_and_told_when_to_come_back() -> None:
-    admission = Admission(1, 100, 2)
+    admission = Admission(1, 100, 4)
     first, second, third = started(admission), waiting(admission), waiting(admission)
 
     with pytest.raises(UnavailableError) as raised, admission.admit(1, CallContext()):
         pass
 
-    assert str(raised.value) == "the server is full: 2 calls wait already"
+    assert str(raised.value) == (
+        "the server is full: 2 calls wait already, of at most 4, and 2 of them are of the same peer"
+    )
     assert raised.value.retry_after_s == 0.5  # nothing was measured yet
     for caller in (first, second, third):
         caller.end()
@@ -289,7 +291,7 @@ def test_a_call_that_is_cancelled_while_it_waits_leaves_the_line() -> None:
 
 
 def test_when_the_head_of_the_line_gives_up_those_behind_it_move_up() -> None:
-    admission = Admission(9, 100, 2)
+    admission = Admission(9, 100, 4)
     first, large, small = started(admission, 60), waiting(admission, 80), waiting(admission, 30)
 
     large.call.cancel()
@@ -303,7 +305,7 @@ def test_when_the_head_of_the_line_gives_up_those_behind_it_move_up() -> None:
 
 
 def test_when_the_deadline_of_the_head_passes_those_behind_it_move_up() -> None:
-    admission = Admission(9, 100, 2)
+    admission = Admission(9, 100, 4)
     first, large = started(admission, 60), Caller(admission, 80, timeout_s=0.2)
     large.waits()
     small = Caller(admission, 30)
@@ -428,7 +430,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission(self.PLACES, self.BUDGET_BYTES, self.WAITING)
+        self.admission = Admission(self.PLACES, self.BUDGET_BYTES, 2 * self.WAITING)
         self.running, self.line = list[Caller](), list[Caller]()
         self.held_bytes = 0
 

@@ -155,7 +155,7 @@ def test_the_operators_limit_counts_for_all(clock: StandingClock) -> None:
 def test_a_full_queue_tells_how_long_it_takes(
     clock: StandingClock, threads: ThreadPoolExecutor
 ) -> None:
-    admission = Admission(2, 1000, 3, wait_limit=WaitLimit(1000))
+    admission = Admission(2, 1000, 6, wait_limit=WaitLimit(1000))
     with admitted(admission):
         clock.now_s += ALONE_S
     assert admission.load.wait_s == 0

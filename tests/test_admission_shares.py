@@ -198,34 +198,22 @@ def test_several_may_have_brought_a_quarter_of_the_budget_and_no_more(
     assert admission.load == IDLE
 
 
-def test_some_places_in_line_are_for_peers_that_have_none(threads: ThreadPoolExecutor) -> None:
-    admission = Admission(4, 100 * MIB, 4, reserved_count=2)
+def test_peers_that_wait_leave_places_in_line_to_others(threads: ThreadPoolExecutor) -> None:
+    admission = Admission(4, 100 * MIB, 6)
     hog = computed(admission, "a", 100 * MIB, 100 * MIB)
-    waiting = [begun(threads, admission, peer, MIB) for peer in ("b", "b", "c", "d")]
-    assert not any(call.done() for call in waiting)
+    waiting = [begun(threads, admission, "b", MIB) for _ in range(3)]
 
-    for peer in ("b", "e"):
-        with pytest.raises(UnavailableError, match="4 calls wait already"):
-            computed(admission, peer, MIB, MIB)
+    with pytest.raises(UnavailableError, match=r"3 calls wait already, of at most 6, and 3 of"):
+        computed(admission, "b", MIB, MIB)
+    waiting += [begun(threads, admission, peer, MIB) for peer in ("c", "d")]
+    assert not any(call.done() for call in waiting)
+    with pytest.raises(UnavailableError, match=r"5 calls wait already, of at most 6, and 1 of"):
+        computed(admission, "c", MIB, MIB)
 
     hog.end()
     for call in waiting:
         call.result(TIMEOUT_S).end()
     assert admission.load == IDLE
-
-
-def test_a_peer_alone_leaves_the_reserve_to_others(threads: ThreadPoolExecutor) -> None:
-    admission = Admission(4, 100 * MIB, 3, reserved_count=1)
-    hog = computed(admission, "a", 100 * MIB, 100 * MIB)
-    waiting = [begun(threads, admission, "b", MIB) for _ in range(2)]
-
-    with pytest.raises(UnavailableError, match="2 calls wait already"):
-        computed(admission, "b", MIB, MIB)
-    waiting.append(begun(threads, admission, "c", MIB))
-
-    hog.end()
-    for call in waiting:
-        call.result(TIMEOUT_S).end()
 
 
 def test_who_is_not_admitted_by_both_is_by_neither() -> None:

@@ -166,9 +166,9 @@ def test_an_answer_that_a_line_cannot_carry_is_not_computed(server: ServerProces
 
 def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
     large = pb.DeconvolveRequest(
-        x=message_from_array(np.ones((1, 1, 2048, 2048), np.float32)),
+        x=message_from_array(np.ones((1, 1, 1408, 2048), np.float32)),  # 11 MiB
         w=message_from_array(ONE),
-        geometry=message_from_geometry(Geometry(pad=(1023, 1023))),
+        geometry=message_from_geometry(Geometry(pad=(703, 1023))),
         waits=True,
     )
     message = large.SerializeToString()
@@ -179,7 +179,7 @@ def test_what_waits_is_bounded_by_its_bytes(server: ServerProcess) -> None:
         caller(server.target, "Deconvolve") as call,
     ):
         wait_until(lambda: used_bytes(server) >= 2 * 32 * MIB)
-        # of the peer that has its share already: they wait for ever
+        # Of the peer that has its share already: they wait for ever. With a third, the peer would have more than half.
         waiting = [call.future(message, timeout=30) for _ in range(2)]
         wait_until(lambda: device_of(server).waiting_calls_count == 2)
         for _ in range(6):

@@ -43,9 +43,11 @@ from deconvd_server.transports.observers import Observer
 
 __all__ = ["STREAMS_COUNT", "Backend"]
 
-_WAITING_CALLS_COUNT: Final = 96
-"""How many calls may wait for a device, on all devices together. Each takes a thread while it waits. If calls are small
-it waits for seconds at most."""
+_WAITING_CALLS_COUNT: Final = 144
+"""How many calls may wait for a device, on all devices together. Each takes a thread while it waits.
+
+Half of them may be of one peer: enough for 64 threads of a client. If they are small they wait for seconds at most.
+"""
 
 _WAITING_STREAMS_COUNT: Final = 16
 """How many streams may wait: as many as run, so that a stream waits for one other on average."""
@@ -116,7 +118,6 @@ class Backend:
                 _WAITING_CALLS_COUNT + sum(device.info.calls_count for device in devices),
                 self._messages_limit_bytes,
                 _WAITING_CALLS_COUNT,
-                reserved_count=_WAITING_CALLS_COUNT // 4,
                 memory="the host's memory for messages",
             )
         )

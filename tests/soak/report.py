@@ -20,11 +20,11 @@ __all__ = ["Results"]
 _HEALTH_S = 3.0
 """A second, and what a busy machine may add to it."""
 
-_CALL_S = 15.0
+_CALL_S = 10.0
 """How long an honest call may take of the time that the server is there.
 
-They are all small, but streams of hostile peers may have all places of the queue for five seconds, and a call that has
-come back then may wait as long for others. The rest is for a busy machine.
+They are all small, and hostile peers leave them places in the queue. But a stream may wait for five seconds for streams
+of hostile peers, and for two more for one that came before. The rest is for a busy machine.
 """
 
 _SETTLING_S = 3.0

@@ -69,11 +69,9 @@ class Admission:
     Args:
         calls_count: How many calls may run at once.
         budget_bytes: How many bytes all calls and reservations may use together.
-        waiting_count: How many more calls may wait; the next one is refused.
-        reserved_count: How many of the waiting places are for peers that have no waiting call, and the same
-            part of `waiting_bytes`.
+        waiting_count: How many more calls may wait, of all peers. Peers share these places: see `QueueLimits`.
         waiting_bytes: How many bytes waiting calls may have received, in addition to the budget; None for a
-            quarter of the budget.
+            quarter of the budget. They are shared as the places are.
         wait_limit: How long a call may wait; None for as long as it likes.
         memory: Which memory the bytes are of, for errors.
         make_room: Called, in the call's thread, for a call that does not fit next to reserved bytes, with the
@@ -89,7 +87,6 @@ class Admission:
         budget_bytes: int,
         waiting_count: int,
         *,
-        reserved_count: int = 0,
         waiting_bytes: int | None = None,
         wait_limit: WaitLimit | None = None,
         memory: str = "the device's memory",
@@ -104,7 +101,7 @@ class Admission:
         self._reserved_bytes = 0
         if waiting_bytes is None:
             waiting_bytes = budget_bytes // 4
-        limits = QueueLimits(waiting_count, reserved_count, waiting_bytes)
+        limits = QueueLimits(waiting_count, waiting_bytes)
         self.has_wait_limit: Final = wait_limit is not None
         self._guard = OverloadGuard(limits, wait_limit, calls_count)
         self._shares = AnswerShares(budget_bytes // _SHARES_COUNT)

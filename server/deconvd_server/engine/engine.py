@@ -83,7 +83,6 @@ class Engine:
             self.info.calls_count,
             self.info.budget_bytes,
             waiting_count,
-            reserved_count=waiting_count // 4,
             wait_limit=wait_limit or WaitLimit(),
             make_room=lambda size_bytes, call: self.on_shortage(size_bytes, call),  # noqa: PLW0108 - set later
         )

@@ -47,10 +47,14 @@ class FairQueue(list[Ticket]):
     The calls of one peer keep their order. No call waits for ever: whoever comes later has a clock that is not behind
     that of the calls that have started. Only `add` and `take_out` may change it. It is a list, since each call asks
     whether it is empty.
+
+    Attributes:
+        counts: How many calls of each peer wait, by peer, without peers that have none. Others only read it.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.counts: dict[str, int] = {}
         self._started_s = 0.0
         self._clocks_s: dict[str, float] = {}  # by peer
 
@@ -59,10 +63,14 @@ class FairQueue(list[Ticket]):
         ticket.start_s = max(self._clocks_s.get(ticket.peer, 0.0), self._started_s)
         self._clocks_s[ticket.peer] = ticket.start_s + max(ticket.cost_s, _LEAST_COST_S)
         insort(self, ticket, key=_start_of)
+        self.counts[ticket.peer] = self.counts.get(ticket.peer, 0) + 1
 
     def take_out(self, ticket: Ticket, *, has_started: bool) -> None:
         """Take out a call that starts, or that gives up: its peer does not pay for it then."""
         self.remove(ticket)
+        self.counts[ticket.peer] -= 1
+        if not self.counts[ticket.peer]:
+            del self.counts[ticket.peer]
         if not self:
             self._started_s = 0.0
             self._clocks_s.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -51,34 +52,40 @@ class Refusal(NamedTuple):
 class QueueLimits:
     """How many calls may wait, and how many bytes they may have received.
 
+    Both are shared by peers as `_may_take` says.
+
     Attributes:
-        waiting_count: How many calls may wait.
-        reserved_count: How many of these places are for peers that have no waiting call, and the same part of
-            `waiting_bytes`.
-        waiting_bytes: How many bytes waiting calls may have received, together. A call may have more if no other waits.
+        waiting_count: How many calls may wait. One peer alone may have half of these places.
+        waiting_bytes: How many bytes waiting calls may have received, together, without small calls. A call may have
+            more if no other waits.
     """
 
     waiting_count: int
-    reserved_count: int
     waiting_bytes: int
 
     def refusal(self, ticket: Ticket, queue: FairQueue) -> Refusal | None:
         """Return why a call may not join the queue; None if it may."""
-        is_alone = all(other.peer != ticket.peer for other in queue)
-        limit_count = self.waiting_count - (0 if is_alone else self.reserved_count)
-        if len(queue) >= limit_count:
+        counts, peer = queue.counts, ticket.peer
+        if not _may_take(1, peer, counts, self.waiting_count - len(queue)):
             return Refusal(
-                RefusalReason.PLACES, f"the server is full: {len(queue)} calls wait already"
+                RefusalReason.PLACES,
+                f"the server is full: {len(queue)} calls wait already, of at most {self.waiting_count}, and "
+                f"{counts.get(peer, 0)} of them are of the same peer",
             )
         if ticket.brought_bytes <= SMALL_BYTES:
             return None
-        others_bytes = sum([other.brought_bytes for other in queue])
-        limit_bytes = self.waiting_bytes * limit_count // self.waiting_count
-        if others_bytes and others_bytes + ticket.brought_bytes > limit_bytes:
+        by_peer: dict[str, int] = {}
+        for other in queue:
+            if other.brought_bytes > SMALL_BYTES:
+                by_peer[other.peer] = by_peer.get(other.peer, 0) + other.brought_bytes
+        others_bytes = sum(by_peer.values())
+        free_bytes = self.waiting_bytes - others_bytes
+        if by_peer and not _may_take(ticket.brought_bytes, peer, by_peer, free_bytes):
             return Refusal(
                 RefusalReason.BYTES,
                 f"the server is full: calls that wait have sent {others_bytes} bytes already, of at most "
-                f"{limit_bytes}, and this one has sent {ticket.brought_bytes}",
+                f"{self.waiting_bytes}, and {by_peer.get(peer, 0)} of them are of the same peer; this one has sent "
+                f"{ticket.brought_bytes}",
             )
         return None
 
@@ -122,3 +129,19 @@ def longest_wait_s(ticket: Ticket, call: CallContext) -> float | None:
     if patient_s <= 0:
         return remaining_s
     return patient_s if remaining_s is None else min(patient_s, remaining_s)
+
+
+def _may_take(size: int, peer: str, taken: Mapping[str, int], free: int) -> bool:
+    """Return whether a peer may take more of what waiting calls share, which are places or bytes.
+
+    A peer that has none may take all that is free. Another may take more as long as there is then, for each peer that
+    has some, as much free as this one has. So n peers that take what they can, and give nothing back, leave one part
+    in n + 1; one peer alone may have half.
+
+    Args:
+        taken: What each peer has, without those that have none.
+    """
+    own = taken.get(peer, 0)
+    if not own:
+        return size <= free
+    return (own + size) * len(taken) <= free - size
