@@ -37,6 +37,7 @@ from benchmarks.new_shapes import main as new_shapes
 from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.random_problems import draw_problem
 from benchmarks.remote import main as remote
+from benchmarks.second_calls import main as second_calls
 from benchmarks.secure import __main__ as secure_rounds
 from benchmarks.secure.__main__ import main as secure
 from benchmarks.secure.rows import SecureRow, comparisons
@@ -190,6 +191,22 @@ def test_shapes_are_called_for_the_first_time_with_a_store_and_without(tmp_path:
         assert row["slowest_ms"] >= row["first_ms"] >= row["first_server_ms"] > 0
         assert row["second_ms"] > 0
         assert row["start_s"] > 0
+
+
+def test_second_calls_are_told_apart_from_calls_after_a_wait(tmp_path: Path) -> None:
+    results = tmp_path / "second-calls.json"
+    arguments = ["--shapes", "1", "--pause-ms", "1", "--json", str(results)]
+
+    ended = CliRunner().invoke(second_calls, arguments, catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    rows = json.loads(results.read_text())["rows"]
+    ways = ("new", "kept", "known", "rested", "spun")
+    assert [(row["way"], row["call"]) for row in rows] == [*product(ways, range(1, 9))]
+    for row in rows:
+        assert row["client_ms"] > 0
+        assert row["server_ms"] > 0
+        assert min(row["client_faults"], row["server_faults"]) >= 0
 
 
 def test_random_problems_keep_to_their_bounds() -> None:

@@ -14,6 +14,7 @@ from deconvd.model.options import Options
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.messages import message_from_geometry
+from deconvd.wire.shared_slice import SharedSlice
 from deconvd.wire.tensor import message_from_spec
 from deconvd_server.service.parsed_request import ParsedRequest, parse_request
 from tests.strategies import problems
@@ -77,6 +78,46 @@ def test_a_long_message_is_read_as_a_short_one_is_and_not_kept() -> None:
     assert parse_request(DECONVOLVE, request(PROBLEM)) is parsed
     assert parse_request(DECONVOLVE, long) == parsed
     assert parse_request(DECONVOLVE, long) is not parse_request(DECONVOLVE, long)
+
+
+@given(problems(), st.sets(st.sampled_from(["x", "w", "gy", "gx", "gw", "gb"])), st.booleans())
+def test_places_in_shared_memory_are_the_requests_own(
+    problem: Problem, placed: set[str], with_gb: bool
+) -> None:
+    first, second = (grad_request(problem, gx=True, gw=True, gb=with_gb) for _ in range(2))
+    for offset_bytes, message in enumerate((first, second)):
+        for number, name in enumerate(sorted(placed)):
+            is_operand = name in DECONVOLVE_GRAD.operands
+            place = (
+                getattr(message, name).shared if is_operand else getattr(message, f"{name}_place")
+            )
+            SharedSlice(b"region", 64 * number + offset_bytes).write_to(place)
+    data = first.SerializeToString()
+
+    parsed = [parse_request(DECONVOLVE_GRAD, message) for message in (first, second, first)]
+
+    # what is too long to be remembered is parsed in one piece
+    longs = [message.SerializeToString() + UNKNOWN_FIELD for message in (first, second, first)]
+    plain = [
+        parse_request(DECONVOLVE_GRAD, pb.DeconvolveGradRequest.FromString(long)) for long in longs
+    ]
+    assert parsed == plain
+    assert [one.response for one in parsed] == [one.response for one in plain]
+    assert [*parsed[0].shared_slices.items()] == [*plain[0].shared_slices.items()]
+    assert parsed[0].wanted is parsed[1].wanted  # made once, for both
+    assert parsed[0] is parsed[2]
+    assert (parsed[0] is parsed[1]) == (not placed)
+    assert first.SerializeToString() == data
+
+
+def test_a_place_for_what_is_kept_is_refused_wherever_it_is() -> None:
+    message = request(PROBLEM)
+    message.keep_y = True
+
+    for offset_bytes in (0, 64):
+        SharedSlice(b"region", offset_bytes).write_to(message.y_place)
+        with pytest.raises(InvalidArgumentError, match="y_place must be left out if y is kept"):
+            parse_request(DECONVOLVE, message)
 
 
 def test_what_cannot_be_is_refused_every_time() -> None:

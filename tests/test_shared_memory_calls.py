@@ -279,8 +279,8 @@ def test_what_is_called_again_since_its_line_was_cut_has_its_result_elsewhere(
     given: list[Array] = []
     make_result = SharedCall.allocate_result
 
-    def result(call: SharedCall, spec: TensorSpec) -> SharedResult | None:
-        made = make_result(call, spec)
+    def result(call: SharedCall, spec: TensorSpec, field: str = "") -> SharedResult | None:
+        made = make_result(call, spec, field)
         assert made is not None
         given.append(made.array)
         return made

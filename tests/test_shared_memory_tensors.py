@@ -6,7 +6,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,11 @@ from deconvd.host.array_address import address_of
 from deconvd.lending.protocol import LendingOperation, LendingReply, LendingRequest, ReplyStatus
 from deconvd.model.dtypes import Array
 from deconvd.model.geometry import Geometry
-from deconvd.model.operation import DECONVOLVE
+from deconvd.model.operation import DECONVOLVE, DECONVOLVE_GRAD, Operation, spec_of_field
 from deconvd.model.problem import Problem, TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Envelope
+from deconvd.wire.messages import messages_for
 from deconvd.wire.shared_slice import SharedSlice
 from deconvd.wire.tensor import message_from_spec
 from deconvd_client.calls.call_spec import CallResult, CallSpec
@@ -211,6 +212,51 @@ def test_a_call_whose_memory_the_server_does_not_know_is_to_be_made_in_another_w
     assert request.x.WhichOneof("payload") is None
 
 
+@pytest.mark.usefixtures("lender")
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("operation", [DECONVOLVE, DECONVOLVE_GRAD])
+def test_operands_have_the_places_of_the_call_before(
+    borrower: Borrower, operation: Operation, *, keeps: bool
+) -> None:
+    # W, x and all gradients have the same size, so that each could take another's place
+    spec = TensorSpec((64, 64, 4, 4), np.dtype(np.float32))
+    problem = Problem(spec, spec, Geometry(pad=(2, 2), outsize=(3, 3)))
+    wanted = ("y",) if operation is DECONVOLVE else ("gx", "gw")
+    fields = operation.operands_for(wanted)
+    arrays = {field: np.zeros(spec_of_field(problem, field).shape, np.float32) for field in fields}
+    results = {field: spec_of_field(problem, field) for field in wanted}
+    request: Any = messages_for(operation).request()
+    response: Any = messages_for(operation).response()
+    places: list[tuple[Sequence[int], Sequence[int]]] = []
+
+    def rpc(
+        _: CallSpec, request: Envelope[Any], *, placed: Mapping[str, Array], **__: object
+    ) -> CallResult:
+        read = [getattr(request.message, field).shared.offset_bytes for field in fields]
+        written = [getattr(request.message, f"{field}_place").offset_bytes for field in wanted]
+        places.append((read, written))
+        return CallResult(response, dict(placed), "")
+
+    kept: object = None
+    for _ in range(6):
+        call_spec = CallSpec(operation, request, problem, arrays, results, short_deadline())
+        result = call_with_shared_memory(borrower, rpc, call_spec)
+        assert result is not None
+        kept = result.arrays if keeps else None
+        del result
+
+    assert kept is None or keeps
+    assert len({tuple(read) for read, _ in places}) == 1
+    own = [set(read) | set(written) for read, written in places]
+    assert all(len(offsets) == len(fields) + len(wanted) for offsets in own)
+    if keeps:  # the last result is there while the next is written
+        assert places[::2] == [places[0]] * 3
+        assert places[1::2] == [places[1]] * 3
+        assert not set(places[0][1]) & set(places[1][1])
+    else:
+        assert places == [places[0]] * 6
+
+
 def test_a_region_holds_what_lies_wholly_in_it() -> None:
     region = HostRegion(bytes(16), mmap.mmap(-1, 8192))
     begin, end = region.address, region.address + 8192
@@ -229,23 +275,57 @@ def test_a_block_that_went_is_taken_again_for_what_has_its_size() -> None:
     assert block is not None
     assert other is not None
     offset = block.offset
-    assert region.reuse_last(5000) is None
+    assert region.reuse(5000) is None
     del block
 
     for size in (300, 4999, 5001, 9000):
-        assert region.reuse_last(size) is None
-    again = region.reuse_last(5000)
+        assert region.reuse(size) is None
+    again = region.reuse(5000)
 
     assert again is not None
     assert again.offset == offset
-    assert region.reuse_last(5000) is None
+    assert region.reuse(5000) is None
     del again
     region.collect()
-    assert region.reuse_last(5000) is None
+    assert region.reuse(5000) is None
     assert region.allocate(5000) is not None
     region.close()
     del other
-    assert region.reuse_last(5000) is None
+    assert region.reuse(5000) is None
+
+
+def test_a_block_that_went_serves_the_same_field_alone() -> None:
+    region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
+    offsets: dict[str, int] = {}
+    for field in ("w", "x", ""):
+        block = region.allocate(5000)
+        assert block is not None
+        block.reference.field = field
+        offsets[field] = block.offset
+        del block
+
+    assert region.reuse(5000, "y") is None
+    again = {field: region.reuse(5000, field) for field in ("x", "", "w")}
+
+    assert {field: block and block.offset for field, block in again.items()} == offsets
+    del again
+    assert region.reuse(4999, "x") is None
+    assert region.reuse(5000, "x") is not None  # the field stays with the place
+
+
+def test_what_a_call_may_still_write_is_not_taken_again() -> None:
+    region = HostRegion(bytes(16), mmap.mmap(-1, 1 << 20))
+    doubtful, sure = region.allocate(5000), region.allocate(9000)
+    assert doubtful is not None
+    assert sure is not None
+    doubtful.reference.is_in_doubt = True
+    del doubtful, sure
+
+    assert region.reuse(9000) is None
+    region.collect()
+
+    assert region.allocate(100) is None  # it is closed
+    assert region.is_empty
 
 
 def test_blocks_never_overlap_or_are_lost_wherever_an_interrupt_strikes() -> None:
@@ -259,7 +339,7 @@ def test_blocks_never_overlap_or_are_lost_wherever_an_interrupt_strikes() -> Non
             *((region.allocate(size), size) for size in (100, 70000, 9000, 100)),
         ]
         del blocks[4], blocks[2]
-        again = region.reuse_last(70000)
+        again = region.reuse(70000)
         assert again is not None
         region.collect()
         blocks += [(again, 70000), *((region.allocate(size), size) for size in (5000, 300))]

@@ -186,9 +186,9 @@ class _CardRegion(BorrowedRegion):
         array: Array = cupy.ndarray(spec.shape, spec.dtype, pointer)
         return array
 
-    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
+    def reuse(self, size_bytes: int, field: str = "") -> BorrowedBlock | None:
         """See `BorrowedRegion`. Wait for the card first: any stream may still be reading the array that has gone."""
-        block = super().reuse_last(size_bytes)
+        block = super().reuse(size_bytes, field)
         if block is not None:  # else nothing is reused, and there is nothing to wait for
             self._await_card()
         return block

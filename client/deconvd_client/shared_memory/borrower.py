@@ -136,26 +136,35 @@ class Borrower:
         self.check_link()
         return self._allocate(size_bytes, deadline, Patience())
 
-    def allocate_unchecked(self, size_bytes: int, deadline: Deadline) -> BorrowedBlock | None:
-        """Return a new block for a call, as far as that has patience. The caller must have called `check_link`."""
-        return self._allocate(size_bytes, deadline, self._patience)
+    def allocate_unchecked(
+        self, size_bytes: int, deadline: Deadline, field: str = ""
+    ) -> BorrowedBlock | None:
+        """Return a new block for a call, as far as that has patience. The caller must have called `check_link`.
+
+        Args:
+            field: The field of the call's operand or result that the block is for.
+        """
+        return self._allocate(size_bytes, deadline, self._patience, field)
 
     def _allocate(
-        self, size_bytes: int, deadline: Deadline, patience: Patience
+        self, size_bytes: int, deadline: Deadline, patience: Patience, field: str = ""
     ) -> BorrowedBlock | None:
         with self._lock:
-            block = self._pool.reuse_last(size_bytes)  # always found in a loop of like calls
+            block = self._pool.reuse(size_bytes, field)  # always found in a loop of like calls
             if block is None:
                 self._pool.collect()
                 if self._pool.has_unused:
                     self._loan_client.request(0)  # its thread gives the region back
                 block = self._pool.allocate(size_bytes)
             if block is not None:
+                block.reference.field = field
                 return block
             request = self._loan_client.request(size_bytes)
         if request is None:
             return None
         self._wait(request, deadline, patience)
+        if request.block is not None:
+            request.block.reference.field = field
         return request.block
 
     def check_link(self) -> None:

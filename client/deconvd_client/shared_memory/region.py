@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from deconvd.wire.shared_slice import SharedSlice
 from deconvd_client.shared_memory.arena import Arena
 
 __all__ = ["BorrowedBlock", "BorrowedRegion", "HostRegion", "RegionPool", "RegionState"]
+
+_SEARCHED_COUNT: Final = 8
+"""Among how many blocks that have gone `BorrowedRegion.reuse` looks: more than a call has operands and results."""
 
 
 class RegionState(Enum):
@@ -68,6 +71,7 @@ class BorrowedBlock:
         self.shared_slice: SharedSlice = SharedSlice(region.name, offset)
         reference = _BlockReference(self, on_end)
         reference.offset, reference.size_bytes, reference.is_in_doubt = offset, size_bytes, False
+        reference.field = ""
         # last: an interrupt before this line also drops the reference, and nobody sees a part of it
         self.reference: _BlockReference = reference
 
@@ -82,9 +86,11 @@ class _BlockReference(weakref.ref[BorrowedBlock]):
         is_in_doubt: Whether the server may still write to the block: then no other array may get its memory. A call
             sets it before it begins and clears it when it has ended, so that nothing has to be done if it is broken
             off.
+        field: The field of a call's operand or result that the block is for; empty for an array of the caller's.
     """
 
-    __slots__ = ("is_in_doubt", "offset", "size_bytes")
+    __slots__ = ("field", "is_in_doubt", "offset", "size_bytes")
+    field: str
     is_in_doubt: bool
     offset: int
     size_bytes: int
@@ -137,22 +143,31 @@ class BorrowedRegion(ABC):
         self._references[offset] = block.reference
         return block
 
-    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
-        """Return a new block in the place of the last one that went, if that had this size; else None.
+    def reuse(self, size_bytes: int, field: str = "") -> BorrowedBlock | None:
+        """Return a new block in the place of one that has just gone and was like it; None if there is none.
 
-        This is the quick way of a loop of like calls: the arena is not asked.
+        This is the quick way of a loop of like calls: the arena is not asked, and each tensor has its place of the call
+        before. So a server gets a request that it knows.
+
+        Args:
+            field: The block that has gone must have been for this field.
         """
-        if not self._dead_references or self.state is not RegionState.OPEN:
+        if self.state is not RegionState.OPEN:
             return None
-        last = self._dead_references.pop()
-        offset = last.offset
-        if last.is_in_doubt:
-            self.close()
-        elif last.size_bytes == size_bytes and self._references.get(offset) is last:
-            block = BorrowedBlock(self, offset, size_bytes, self._dead_references.append)
-            self._references[offset] = block.reference
-            return block
-        self._dead_references.append(last)
+        dead = self._dead_references  # other threads append to it at any time, and remove nothing
+        for index in range(min(len(dead), _SEARCHED_COUNT)):
+            reference = dead[index]
+            if reference.is_in_doubt:
+                self.close()  # `collect` frees its block
+                return None
+            offset = reference.offset
+            is_like = reference.size_bytes == size_bytes and reference.field == field
+            if is_like and self._references.get(offset) is reference:
+                del dead[index]
+                block = BorrowedBlock(self, offset, size_bytes, dead.append)
+                block.reference.field = field
+                self._references[offset] = block.reference
+                return block
         return None
 
     def collect(self) -> None:
@@ -231,13 +246,13 @@ class RegionPool:
         """Size of the open regions: closed ones will be given back soon."""
         return sum(region.size_bytes for region in self.regions if region.state is RegionState.OPEN)
 
-    def reuse_last(self, size_bytes: int) -> BorrowedBlock | None:
-        """Return a block in the place of one that has just gone; None if no size fits, or a region must be tidied."""
+    def reuse(self, size_bytes: int, field: str = "") -> BorrowedBlock | None:
+        """Return a block in the place of one that has just gone; None if none is alike, or a region must be tidied."""
         for region in self.regions:
             if region.state is RegionState.CLOSED:
                 return None
         for region in self.regions:
-            block = region.reuse_last(size_bytes)
+            block = region.reuse(size_bytes, field)
             if block is not None:
                 return block
         return None

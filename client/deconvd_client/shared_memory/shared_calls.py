@@ -62,17 +62,20 @@ class SharedCall:
         self._operands: list[SharedOperand] = []
         self._copied_bytes = 0
 
-    def place_operand(self, array: Array) -> SharedSlice | None:
+    def place_operand(self, array: Array, field: str = "") -> SharedSlice | None:
         """Return where the server finds an operand; None if there is no room for it.
 
         An array outside shared memory gets a place, and is copied there by `copy_operands`.
+
+        Args:
+            field: The operand's field, by which calls in a loop find its place again.
         """
         shared_slice = self._borrower.locate(array)
         if shared_slice is not None:
             self._shared_arrays.append(array)
             self._operands.append(SharedOperand(array.nbytes, None))
             return shared_slice
-        block = self._borrower.allocate_unchecked(array.nbytes, self._deadline)
+        block = self._borrower.allocate_unchecked(array.nbytes, self._deadline, field)
         if block is None:
             return None
         target = block.region.array(block, spec_of(array))
@@ -93,9 +96,9 @@ class SharedCall:
         shared_slice.write_to(message.shared)
         return message
 
-    def allocate_result(self, spec: TensorSpec) -> SharedResult | None:
-        """Return memory for a result; None if there is no room."""
-        block = self._borrower.allocate_unchecked(spec.nbytes, self._deadline)
+    def allocate_result(self, spec: TensorSpec, field: str = "") -> SharedResult | None:
+        """Return memory for a result; None if there is no room. The field is as for `place_operand`."""
+        block = self._borrower.allocate_unchecked(spec.nbytes, self._deadline, field)
         if block is None:
             return None
         block.reference.is_in_doubt = True
@@ -192,13 +195,6 @@ def _call_once(
     results: dict[str, Array] = {}
     may_overlap = False
     with SharedCall(borrower, call_spec.deadline) as call:
-        for field, result_spec in call_spec.results.items():
-            if field in large:
-                result = call.allocate_result(result_spec)
-                if result is None:
-                    return None
-                result.shared_slice.write_to(getattr(request, f"{field}_place"))
-                results[field] = result.array
         for field in call_spec.operation.write_order:
             array = call_spec.operands.get(field)
             if array is None:
@@ -207,12 +203,21 @@ def _call_once(
                 raw[field] = elements_of(array)
                 may_overlap = False
                 continue
-            shared_slice = call.place_operand(array)
+            shared_slice = call.place_operand(array, field)
             if shared_slice is None:
                 return None
             shared_slice.write_to(getattr(request, field).shared)
             # a card can follow the copies if the operand that is written last comes sample by sample
             may_overlap = field in call_spec.operation.batched_operands
+        # Results come last. While the caller has those of the call before, new ones go elsewhere. By then all operands
+        # have their places of that call, which would otherwise be freed to make room.
+        for field, result_spec in call_spec.results.items():
+            if field in large:
+                result = call.allocate_result(result_spec, field)
+                if result is None:
+                    return None
+                result.shared_slice.write_to(getattr(request, f"{field}_place"))
+                results[field] = result.array
         call.copy_operands(may_overlap=may_overlap)
         return rpc(
             call_spec,

@@ -43,6 +43,8 @@ _LARGEST_CACHED_BYTES: Final = 1024
 """More than an honest request takes without its elements. A longer one is parsed each time, so that no client can fill
 the cache with large ones."""
 
+_NO_PLACE: Final = SharedSlice(b"", 0)
+
 _TELEMETRY: Final = "telemetry"
 """The field of requests that differs from call to call. Requests are cached without it, or none would be found."""
 
@@ -298,7 +300,33 @@ def _bytes_of_work(message: Message) -> bytes:
 
 @lru_cache(_CACHED_REQUESTS_COUNT)
 def _parse_bytes(operation: Operation, data: bytes) -> ParsedRequest:
+    message = messages_for(operation).request.FromString(data)
+    places = _take_places(operation, message)
+    if not places:
+        return _parse(operation, message)
+    parsed = _parse_without_places(operation, message.SerializeToString())
+    return replace(parsed, shared_slices={name: places[name] for name in parsed.shared_slices})
+
+
+@lru_cache(_CACHED_REQUESTS_COUNT)
+def _parse_without_places(operation: Operation, data: bytes) -> ParsedRequest:
     return _parse(operation, messages_for(operation).request.FromString(data))
+
+
+def _take_places(operation: Operation, message: Any) -> dict[str, SharedSlice]:
+    """Take the places in shared memory out of a request, and return them. It still says which tensors have one.
+
+    A caller who keeps results has each call's in another place. Without the places, those requests are one.
+    """
+    operands = {name: getattr(message, name) for name in operation.operands}
+    fields = {name: tensor.shared for name, tensor in operands.items() if tensor.HasField("shared")}
+    for name in operation.all_results:
+        if message.HasField(f"{name}_place"):
+            fields[name] = getattr(message, f"{name}_place")
+    places = {name: SharedSlice.from_message(shared) for name, shared in fields.items()}
+    for shared in fields.values():
+        _NO_PLACE.write_to(shared)
+    return places
 
 
 def parse_stream_header(operation: Operation, header: Any) -> SlicedRequest:
