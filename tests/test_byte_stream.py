@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import math
 import resource
 import select
@@ -51,6 +52,20 @@ def taken(stream: SocketStream, size_bytes: int) -> bytes:
     while filled < size_bytes:
         filled += stream.read_into(target[filled:])
     return bytes(target)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_stream_in_a_cycle_that_is_dropped_closes_its_socket_without_a_warning() -> None:
+    one, other = socket.socketpair()
+    owners: list[object] = [SocketStream(one)]
+    owners.append(owners)
+
+    del one, owners
+    gc.collect()
+
+    with other:
+        other.settimeout(20)
+        assert other.recv(1) == b""
 
 
 @given(

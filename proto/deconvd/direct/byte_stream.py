@@ -89,6 +89,18 @@ class ByteStream(Protocol):
         """Release the connection. No thread may read or write any more."""
 
 
+class _OwnedSocket(socket.socket):
+    """A socket that its stream owns: it is closed without a ResourceWarning when the stream has been dropped.
+
+    The stream's own finalizer would come too late where both are parts of a cycle: nobody says which is the first.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class SocketStream:
     """A stream socket as a byte stream.
 
@@ -106,6 +118,7 @@ class SocketStream:
 
     def __init__(self, connection: socket.socket, *, stall_limit_s: float = math.inf) -> None:
         self.blocked_since_s = math.inf
+        connection.__class__ = _OwnedSocket
         self._socket = connection
         self._stall_limit_s = stall_limit_s
         self._deadline_s: float | None = None
@@ -199,9 +212,6 @@ class SocketStream:
     def close(self) -> None:
         """See `ByteStream`."""
         self._socket.close()
-
-    def __del__(self) -> None:
-        self._socket.close()  # avoids the ResourceWarning if the owner dropped this object without closing it
 
     def _may_wait(self) -> bool:
         """Return whether a system call may wait in the kernel: the deadline is not near."""
