@@ -57,9 +57,7 @@ class Load:
 
     def call_on(self) -> None:
         """Call as a stock client does, by messages."""
-        request = pb.DeconvolveRequest(
-            x=message_from_array(X), w=message_from_array(W), waits=True
-        )
+        request = pb.DeconvolveRequest(x=message_from_array(X), w=message_from_array(W), waits=True)
         options = (("grpc.enable_retries", 0),)
         with grpc.insecure_channel(self._target, options) as channel:
             stub = DeconvolutionServiceStub(channel)
