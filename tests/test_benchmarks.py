@@ -33,7 +33,10 @@ from benchmarks.joining import main as joining
 from benchmarks.layers import LAYERS
 from benchmarks.links import long
 from benchmarks.load import main as load
+from benchmarks.many_shapes import draw_shapes
+from benchmarks.many_shapes import main as many_shapes
 from benchmarks.new_shapes import main as new_shapes
+from benchmarks.plan_store import main as plan_store
 from benchmarks.profiled import LEFT_OUT, start_profiling
 from benchmarks.random_problems import draw_problem
 from benchmarks.remote import main as remote
@@ -207,6 +210,49 @@ def test_second_calls_are_told_apart_from_calls_after_a_wait(tmp_path: Path) -> 
         assert row["client_ms"] > 0
         assert row["server_ms"] > 0
         assert min(row["client_faults"], row["server_faults"]) >= 0
+
+
+def test_many_shapes_are_called_once_while_both_processes_are_watched(tmp_path: Path) -> None:
+    results = tmp_path / "many-shapes.json"
+    assert len(set(draw_shapes(20_000))) == 20_000
+
+    for transport in ("shared_memory", "tcp"):  # one by one, into one file
+        arguments = ["--shapes", "13", "--row", "6", "--transport", transport]
+        ended = CliRunner().invoke(
+            many_shapes, [*arguments, "--json", str(results)], catch_exceptions=False
+        )
+        assert ended.exit_code == 0
+
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["transport"], row["calls"]) for row in rows] == [
+        *product(("shared_memory", "tcp"), (6, 12))
+    ]
+    for row in rows:
+        assert 0 < row["y_ms"] <= row["y_p99_ms"] <= row["slowest_ms"]
+        assert 0 < row["grad_ms"] <= row["grad_p99_ms"] <= row["slowest_ms"]
+        for use in (row["server"], row["client"]):
+            assert use["rss_mb"] >= use["pss_mb"] >= use["anonymous_mb"] > 10
+            assert use["descriptors"] > 3
+        assert (row["server"]["shared_mb"] > 0) == (row["transport"] == "shared_memory")
+
+
+def test_a_plan_store_is_measured_empty_full_and_overfull(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deconvd_server.device.cuda.plans.store._SHARD_PLANS_COUNT", 1)
+    results = tmp_path / "plan-store.json"
+
+    ended = CliRunner().invoke(
+        plan_store, ["--plans", "600", "--json", str(results)], catch_exceptions=False
+    )
+
+    assert ended.exit_code == 0
+    empty, full, overfull = json.loads(results.read_text())["rows"]
+    assert (empty["files"], empty["find_ms"]) == (0, None)
+    assert 200 < full["files"] <= 256
+    assert overfull["files"] == 600
+    assert full["find_ms"] > 0
+    assert overfull["find_ms"] > 0
 
 
 def test_random_problems_keep_to_their_bounds() -> None:

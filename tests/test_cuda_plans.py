@@ -188,6 +188,33 @@ def test_a_full_store_keeps_what_it_has_and_says_once_that_it_takes_no_more(
     assert caplog.text.count("which is the limit") == 2
 
 
+def test_servers_that_share_a_store_stay_within_its_bound_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_SHARD_PLANS_COUNT", 2)
+    stores = [PlanStore(tmp_path, ORIGIN) for _ in range(3)]
+
+    for n in range(1, 2000):
+        stores[n % 3].save(with_specs(TensorSpec((n, 4, 8, 8), FLOAT32), PROBLEM.W), CHOICE)
+
+    assert 500 < len(list(tmp_path.rglob("*.json"))) <= 512
+
+
+def test_a_plan_that_is_stored_again_takes_no_further_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_SHARD_PLANS_COUNT", 2)
+    store = PlanStore(tmp_path, ORIGIN)
+    for _ in range(3):
+        store.save(KEY, CHOICE)
+    (path,) = tmp_path.rglob("*.json")
+
+    path.write_text("damaged")
+    store.save(KEY, CHOICE)
+
+    assert store.load(KEY) == CHOICE
+
+
 OPENING = """
 import sys
 from pathlib import Path

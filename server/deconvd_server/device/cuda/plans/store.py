@@ -43,8 +43,8 @@ class PlanStore:
     run.
 
     Files are in 256 folders, by the beginnings of their names, which are digests and so spread evenly. A full folder
-    takes no new choices, and evicts none: a client with ever new shapes must not push out the others'. A folder's files
-    are counted when the first choice is saved there, so a store of any size is opened at once.
+    takes no new choices, and evicts none: a client with ever new shapes must not push out the others'. Files are
+    counted when a choice is saved, in its folder alone, so a store of any size is opened at once.
 
     Args:
         folder: Made if it does not exist.
@@ -62,7 +62,6 @@ class PlanStore:
         self._folder = folder
         self._origin = dict(origin)
         self._lock = threading.Lock()
-        self._counts: dict[Path, int] = {}
         self._has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
         libraries = {name: value for name, value in origin.items() if name != "deconvd"}
@@ -89,28 +88,26 @@ class PlanStore:
         }
         try:
             path.parent.mkdir(exist_ok=True)
-            if self._has_room(path.parent):
+            if self._has_room(path):
                 _replace(path, json.dumps(content, indent=1).encode())
         except OSError as error:
             log.warning("could not store the plan %s: %s", path, error)
 
-    def _has_room(self, shard: Path) -> bool:
-        """Count one more plan of a folder if there is room for it; else log once that there is not."""
+    def _has_room(self, path: Path) -> bool:
+        """Return whether a plan may be stored: it replaces a file, or its folder is not full. Else log that, once."""
+        # counted each time, since other servers store plans there, too
+        if path.exists() or len(os.listdir(path.parent)) < _SHARD_PLANS_COUNT:
+            return True
         with self._lock:
-            if shard not in self._counts:
-                self._counts[shard] = sum(name.endswith(".json") for name in os.listdir(shard))
-            has_room = self._counts[shard] < _SHARD_PLANS_COUNT
-            self._counts[shard] += has_room
-            is_news = not (has_room or self._has_warned)
-            self._has_warned |= is_news
+            is_news, self._has_warned = not self._has_warned, True
         if is_news:
             log.warning(
                 "%s holds %d plans, which is the limit: new ones are not stored. Delete %s to start over",
-                shard,
+                path.parent,
                 _SHARD_PLANS_COUNT,
                 self._folder,
             )
-        return has_room
+        return False
 
     def _identity(self, key: PlanKey) -> dict[str, Any]:
         return {"schema": _SCHEMA, "origin": self._origin, "key": key.fields()}
