@@ -30,6 +30,7 @@ from deconvd_server.resources.unix_listener import (
     open_private_socket,
     open_side_sockets,
 )
+from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
 from deconvd_server.service.deconvolution import DeconvolutionService
 from deconvd_server.service.method import RpcMethod, idle_operand_bytes
@@ -175,6 +176,10 @@ class Backend:
             instance_id=self._endpoints.instance_id,
             active_connections_count=self.active_connections_count,
         )
+
+    def connection_load(self) -> ConnectionLoad:
+        """Return what its direct connections are, for the homes of clients that begin."""
+        return ConnectionLoad(0, 0) if self._direct is None else self._direct.load()
 
     @property
     def active_connections_count(self) -> int:

@@ -16,6 +16,7 @@ from deconvd_server.device.faults import DeviceLostError
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
 from deconvd_server.resources.systemd import SystemdNotifier
+from deconvd_server.supervision.home_claims import HomeClaims
 from deconvd_server.supervision.link import Packet
 from deconvd_server.supervision.shared_path import SharedPath
 from deconvd_server.supervision.worker import Worker
@@ -90,6 +91,7 @@ class Supervisor:
         self._leader: Worker | None = None
         self._next_tick_s = 0.0
         self._is_draining = False
+        self._claims = HomeClaims()
 
     def run(self) -> ExitCode:
         """Run the workers, and return what to end with. All their processes have ended then."""
@@ -114,7 +116,11 @@ class Supervisor:
         has_changed = False
         for worker in self._workers:
             has_changed |= worker.take_packets()
-            has_changed |= worker.reap(is_draining=self._is_draining)
+            self._claims.note_load(worker.place.name, worker.load)
+            if worker.reap(is_draining=self._is_draining):
+                self._claims.forget(worker.place.name)
+                has_changed = True
+        self._give_homes()
         if time.monotonic() >= self._next_tick_s:
             self._tick()
         # a worker that says nothing any more changes as well
@@ -123,6 +129,12 @@ class Supervisor:
             self._serving = serving
             self._spread_news()
         return reason
+
+    def _give_homes(self) -> None:
+        """Answer the workers that ask where clients that begin should keep to."""
+        serving = {w.place.name: w.place.device for w in self._workers if w.is_serving}
+        for worker in self._workers:
+            worker.answer_home_requests(lambda: self._claims.claim(serving, time.monotonic()))
 
     def _wait(self) -> str | None:
         with selectors.DefaultSelector() as selector:

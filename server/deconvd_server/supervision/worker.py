@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any, Final
@@ -18,8 +18,9 @@ from typing import Any, Final
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.resources.machine import PARTS_VARIABLE
+from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.supervision.layout import WorkerPlace
-from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet
+from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load
 from deconvd_server.supervision.metrics_channel import MetricsChannel
 from deconvd_server.supervision.orders import WorkerOrders
 
@@ -67,6 +68,8 @@ class Worker:
         exit_code: What the last process has ended with, as `subprocess` counts; None before.
         restarts_count: How many processes it has had after the first.
         has_served: Whether one of them has served.
+        load: What its direct connections are, as it has told last.
+        home_requests: The numbers of its requests for clients' homes that were not answered yet.
 
     Args:
         grpc_port: Its own port, or 0.
@@ -93,6 +96,8 @@ class Worker:
         self.exit_code: int | None = None
         self.restarts_count = -1
         self.has_served = False
+        self.load = ConnectionLoad(0, 0)
+        self.home_requests: list[bytes] = []
         self._message = pb.Worker(name=place.name, grpc_port=grpc_port, devices=[place.device])
         self._options = options
         self._has_metrics = has_metrics
@@ -225,6 +230,10 @@ class Worker:
             self._message.MergeFrom(described)
             if self.state is WorkerState.STARTING:
                 self.state, self.has_served = WorkerState.SERVING, True
+        elif letter is Packet.LOAD:
+            self.load = parse_load(contents)
+        elif letter is Packet.HOME:
+            self.home_requests.append(contents)
         elif letter is Packet.STOPPING:
             self.state = WorkerState.STOPPING
         has_changed = self._message.active_connections_count != was_active_count
@@ -235,6 +244,12 @@ class Worker:
         if letter is Packet.DRAIN and self.state is WorkerState.WAITING:
             self.state = WorkerState.ENDED
         self._send(letter.value)
+
+    def answer_home_requests(self, choose: Callable[[], str]) -> None:
+        """Answer each of its requests for a client's home."""
+        for number in self.home_requests:
+            self._send(Packet.HOME.value + number + choose().encode())
+        self.home_requests.clear()
 
     def tell_table(self, table: bytes) -> None:
         """Tell it of all workers. If it does not read now, `owes_table` is true afterwards."""
@@ -281,6 +296,8 @@ class Worker:
             return False
         self.exit_code, self._process = code, None
         self._close_link()
+        self.load = ConnectionLoad(0, 0)
+        self.home_requests.clear()
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = None
