@@ -62,7 +62,10 @@ def wait_for_serving(server: ServerProcess, count: int = 2) -> Sequence[pb.Worke
     found: list[Sequence[pb.Worker]] = [()]
 
     def are_there() -> bool:
-        found[0] = workers_of(server)
+        try:
+            found[0] = workers_of(server)
+        except grpc.RpcError:  # of one that was killed meanwhile
+            return False
         return sum(worker.is_serving for worker in found[0]) == count
 
     wait_until(are_there)

@@ -253,6 +253,11 @@ class Backend:
         began_s = time.monotonic() - timeout_s
         return next((e.info.id for e in self._engines.all if e.waiting_since_s < began_s), None)
 
+    def blocked_loop(self, timeout_s: float) -> str | None:
+        """Return what has not run for longer than `timeout_s` of what accepts calls; None if all of it runs."""
+        is_blocked = self._direct is not None and self._direct.heartbeat.age_s > timeout_s
+        return "the thread for direct connections" if is_blocked else None
+
     def abort_direct_calls(self, error: DeconvdError) -> None:
         """End the direct calls under way with an error, even if their threads hang."""
         if self._direct is not None:

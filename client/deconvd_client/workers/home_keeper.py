@@ -176,9 +176,7 @@ class HomeKeeper:
     def _find_home(self) -> None:
         """Settle at the home that the server names, or at one that is chosen here, and have the others as members."""
         home = self._ask_for_home()
-        with suppress(
-            DeconvdError
-        ):  # it will be looked at again, and the calls themselves will tell
+        with suppress(DeconvdError):  # it will be looked at again
             if home is not None:
                 home.server.open_direct_connection()  # by which the server sees that it is the home
                 self._settle(home, self._loads())

@@ -17,7 +17,6 @@ The end of a link is the end of the process at its other end.
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import struct
 import threading
@@ -97,7 +96,7 @@ class LinkNotifier:
 
     Args:
         link: The worker's end of the link.
-        watchdog_s: How long the worker may be silent; None if nobody minds.
+        watchdog_s: How long the worker may be silent.
         describe: Returns the worker's entry in the table. Called once it serves, and then whenever it tells that it is
             alive.
         load: Returns what its direct connections are. Called as often, and for each client that needs a home.
@@ -106,11 +105,11 @@ class LinkNotifier:
     def __init__(
         self,
         link: socket.socket,
-        watchdog_s: float | None,
+        watchdog_s: float,
         describe: Callable[[], pb.Worker],
         load: Callable[[], ConnectionLoad],
     ) -> None:
-        self.watchdog_s = math.inf if watchdog_s is None else watchdog_s
+        self.watchdog_s = watchdog_s
         self._link = link
         self._describe = describe
         self._load = load

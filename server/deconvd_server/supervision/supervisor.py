@@ -27,6 +27,9 @@ __all__ = ["Supervisor"]
 _TICK_S: Final = 1.0
 """How often it looks for silent workers and removed paths, and tells systemd that it is alive."""
 
+_LATE_S: Final = 1.0
+"""If it looks so much later than that, it was itself stopped."""
+
 _REAP_S: Final = 0.02
 """How often it looks for the end of a process whose link has ended."""
 
@@ -89,7 +92,7 @@ class Supervisor:
         self._is_ready = False
         self._serving: list[bool] = []
         self._leader: Worker | None = None
-        self._next_tick_s = 0.0
+        self._next_tick_s = time.monotonic()
         self._is_draining = False
         self._claims = HomeClaims()
 
@@ -157,6 +160,10 @@ class Supervisor:
         return max(due_s - time.monotonic(), 0)
 
     def _tick(self) -> None:
+        late_s = time.monotonic() - self._next_tick_s
+        if late_s > _LATE_S:  # all processes were stopped, as in a container that was paused
+            for worker in self._workers:
+                worker.excuse(late_s)
         self._next_tick_s = time.monotonic() + min(_TICK_S, self._notifier.watchdog_s / 3)
         if self._is_ready and not self._is_draining:
             self._notifier.notify_alive()

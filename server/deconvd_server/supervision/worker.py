@@ -75,7 +75,8 @@ class Worker:
         grpc_port: Its own port, or 0.
         options: Its own values for options of the command.
         has_metrics: Whether it will be asked for metrics.
-        watchdog_s: How long it may be silent before it is killed; None for as long as it likes.
+        watchdog_s: How long it may be silent before it is killed.
+        drain_s: How much longer it may take to end once it has said that it is about to.
         workers_count: How many share the machine.
     """
 
@@ -86,7 +87,8 @@ class Worker:
         options: Mapping[str, Any],
         *,
         has_metrics: bool,
-        watchdog_s: float | None,
+        watchdog_s: float,
+        drain_s: float,
         workers_count: int,
     ) -> None:
         self.place = place
@@ -102,6 +104,7 @@ class Worker:
         self._options = options
         self._has_metrics = has_metrics
         self._watchdog_s = watchdog_s
+        self._drain_s = drain_s
         self._workers_count = workers_count
         self._process: subprocess.Popen[bytes] | None = None
         self._failures_count = 0
@@ -272,13 +275,18 @@ class Worker:
 
     def kill_if_silent(self) -> None:
         """Kill its process if its main thread has been silent for too long: it hangs, and would for ever."""
-        if (
-            self._watchdog_s is not None
-            and self.state in (WorkerState.SERVING, WorkerState.STOPPING)
-            and time.monotonic() - self._alive_s > self._watchdog_s
-        ):
-            _log.error("%s has been silent for %g s, and is killed", self, self._watchdog_s)
+        limits_s = {
+            WorkerState.SERVING: self._watchdog_s,
+            WorkerState.STOPPING: self._watchdog_s + self._drain_s,
+        }
+        limit_s = limits_s.get(self.state, math.inf)
+        if self.has_process and time.monotonic() - self._alive_s > limit_s:
+            _log.error("%s has been silent for %g s, and is killed", self, limit_s)
             self.kill()
+
+    def excuse(self, pause_s: float) -> None:
+        """Count a time not as its silence in which nobody could have heard it."""
+        self._alive_s = min(self._alive_s + pause_s, time.monotonic())
 
     def kill(self) -> None:
         """End its process at once."""

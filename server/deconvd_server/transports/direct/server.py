@@ -19,6 +19,7 @@ from deconvd_server.access.server_tls import ServerTls
 from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
+from deconvd_server.resources.heartbeat import Heartbeat
 from deconvd_server.resources.unix_listener import SideSocket
 from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.service.method import RpcMethod
@@ -99,6 +100,7 @@ class DirectServer:
             on_lost,
         )
         self._greeter = Greeter(self._listener, authenticator, tls, instance, self._admit)
+        self.heartbeat: Heartbeat = Heartbeat(self._listener.call_later)
         if not authenticator.is_open:
             self._listener.call_later(_CHECK_PERIOD_S, self._close_invalid)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
