@@ -247,6 +247,16 @@ def test_who_calls_a_worker_at_its_own_address_wants_that_one(host: WorkerHost) 
                 assert F.server_info().worker_name == worker.name
 
 
+def test_who_wants_grpc_alone_stays_at_the_address_as_given(host: WorkerHost) -> None:
+    with deconvd_client.connect(host.server.targets[1], transport="grpc") as F:
+        F.deconvolution_2d(X, W)
+        assert len(F.server_info().workers) == 2
+        F.deconvolution_2d(X, W)
+        assert isinstance(F._server, Host)
+        assert isinstance(F._server._way, Server)
+        assert F._server._workers is None
+
+
 def test_who_answers_in_place_of_a_worker_gets_nothing(tmp_path: Path) -> None:
     """Behind an address of which only the shared port leads to the server."""
     port = free_port()

@@ -78,7 +78,8 @@ class Host:
             credentials=credentials,
             owners=any_owner if credentials.is_empty else partial(trusted_owners, path),
         )
-        self._is_shared = partial(is_shared, target)
+        # calls by the target alone are for whichever process answers there
+        self._may_use_workers = transport is not TransportName.GRPC
         self._patience_s = _DISCOVERY_TIMEOUT_S if path else _FAR_PATIENCE_S
         self.entry: Server = open_server(
             target,
@@ -86,8 +87,8 @@ class Host:
             note_info=weak_call(self._note_info),
         )
         self.ledgers: LedgerRecorder = self.entry.ledgers
-        # calls by the target alone are for whichever process answers there
-        self._is_settled = transport is TransportName.GRPC
+        self._target = target
+        self._is_settled = not self._may_use_workers
         self._discovery = SharedTask()
         self._lock = new_lock()
         self._info: pb.GetServerInfoResponse | None = None  # the last answer of the entry
@@ -219,6 +220,9 @@ class Host:
                 on_order=weak_call(self._take_way),
             )
             return self._workers
+
+    def _is_shared(self, info: pb.GetServerInfoResponse) -> bool:
+        return self._may_use_workers and is_shared(self._target, info)
 
     def _take_way(self) -> None:
         """Have calls made by the workers if one of them can be used, else by the entry."""
