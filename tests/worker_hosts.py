@@ -50,9 +50,10 @@ _CLIENTS = """
 import json, sys, threading
 import numpy as np
 import deconvd_client
-from deconvd_client.workers import home_keeper
+from deconvd_client.workers import home_keeper, worker_membership
 
 home_keeper._NAMED_INTERVAL_S = 3600.0  # clients stay where they are
+worker_membership._HOME_TIMEOUT_S = worker_membership._VERIFY_TIMEOUT_S = 30.0
 x, W = np.ones((2, 8, 16, 16), np.float32), np.ones((8, 4, 4, 4), np.float32)
 
 class Client(threading.Thread):
@@ -94,7 +95,10 @@ _FORKING = """
 import json, os, sys, traceback
 import numpy as np
 import deconvd_client
+from deconvd_client.workers import home_keeper, worker_membership
 
+home_keeper._CHILD_PATIENCE_S = 60.0
+worker_membership._HOME_TIMEOUT_S = worker_membership._VERIFY_TIMEOUT_S = 30.0
 x, W = np.ones((2, 8, 16, 16), np.float32), np.ones((8, 4, 4, 4), np.float32)
 F = deconvd_client.connect(sys.argv[1])
 expected = F.deconvolution_2d(x, W)

@@ -34,12 +34,14 @@ class WorkerTable:
     Attributes:
         name: This process's name, which is its number; empty if it serves alone.
         workers: All of them, this one included; empty if it serves alone.
+        tell_load: Tells whoever names homes what this process's direct connections are.
         request_home: Returns the name of the process to which a client that begins should keep; empty if nobody knows.
     """
 
     def __init__(self) -> None:
         self.name = ""
         self.workers: Sequence[pb.Worker] = ()
+        self.tell_load: Callable[[], None] = lambda: None
         self.request_home: Callable[[], str] = str
 
     @property

@@ -99,7 +99,8 @@ class LinkNotifier:
         watchdog_s: How long the worker may be silent.
         describe: Returns the worker's entry in the table. Called once it serves, and then whenever it tells that it is
             alive.
-        load: Returns what its direct connections are. Called as often, and for each client that needs a home.
+        load: Returns what its direct connections are. Called as often, for each client that needs a home, and soon
+            after connections have begun or ended.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class LinkNotifier:
 
     def notify_alive(self) -> None:
         """Tell that its main thread is alive. The supervisor wants to know, whether or not systemd does."""
-        self._send(Packet.LOAD, _LOAD.pack(*self._load()))
+        self.tell_load()
         self._send(Packet.ALIVE, self._describe().SerializeToString())
 
     def request_home(self, number: bytes) -> None:
@@ -133,8 +134,12 @@ class LinkNotifier:
         Args:
             number: What the answer will begin with.
         """
-        self._send(Packet.LOAD, _LOAD.pack(*self._load()))
+        self.tell_load()
         self._send(Packet.HOME, number)
+
+    def tell_load(self) -> None:
+        """Tell what the direct connections are. Any thread may do so."""
+        self._send(Packet.LOAD, _LOAD.pack(*self._load()))
 
     def _send(self, letter: Packet, contents: bytes = b"") -> None:
         try:

@@ -38,6 +38,7 @@ class WorkerLink:
         notifier = LinkNotifier(
             self._link, self._orders.watchdog_s, backend.worker, backend.connection_load
         )
+        WORKERS.tell_load = notifier.tell_load
         WORKERS.request_home = partial(self._homes.request, notifier.request_home)
         return notifier
 

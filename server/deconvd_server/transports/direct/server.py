@@ -21,7 +21,7 @@ from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
 from deconvd_server.resources.heartbeat import Heartbeat
 from deconvd_server.resources.unix_listener import SideSocket
-from deconvd_server.resources.worker_table import ConnectionLoad
+from deconvd_server.resources.worker_table import WORKERS, ConnectionLoad
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.greeter import GreetedClient, Greeter
@@ -42,6 +42,9 @@ _ACTIVE_S: Final = 2.0
 
 _RECENT_S: Final = 10.0
 """The same where a client that begins looks for its home: it stays there longer than others pause."""
+
+_TELL_S: Final = 0.05
+"""How soon it is told that connections have begun or ended, and how often at most."""
 
 _CHECK_PERIOD_S: Final = 1.0
 """How often idle connections of clients that may no longer call are closed."""
@@ -86,6 +89,7 @@ class DirectServer:
         self._lock = threading.Lock()
         self._connections: dict[int, DirectConnection] = {}  # by descriptor
         self._begun_count = 0
+        self._is_change_noted = False
         self._shares = FairShares(
             _CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct connections"
         )
@@ -229,8 +233,20 @@ class DirectServer:
             connection.start(place)
             self._connections[connection.descriptor] = connection
             self._begun_count += 1
+        self._note_change()
 
     def _forget(self, connection: DirectConnection) -> None:
         with self._lock:
             self._listener.unwatch(connection.descriptor)
             self._connections.pop(connection.descriptor)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        """Have it told soon that connections have begun or ended: clients that begin get their homes by that."""
+        if not self._is_change_noted:
+            self._is_change_noted = True
+            self._listener.call_soon(partial(self._listener.call_later, _TELL_S, self._tell_load))
+
+    def _tell_load(self) -> None:
+        self._is_change_noted = False
+        WORKERS.tell_load()
