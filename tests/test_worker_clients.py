@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import deconvd_client
 from benchmarks.profiled import start_profiling
 from deconvd.errors import LostTensorError
+from deconvd.model.home_choice import better_home
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
 from deconvd_client.cli.main import main
@@ -23,7 +24,6 @@ from deconvd_client.server import Server
 from deconvd_client.transports.route import TransportName
 from deconvd_client.transports.side_sockets import any_owner
 from deconvd_client.workers.addresses import worker_targets
-from deconvd_client.workers.home_choice import better_home, companions
 from deconvd_client.workers.host import Host
 from deconvd_client.workers.worker_set import WorkerSet
 from tests.certificates import Authority
@@ -81,7 +81,7 @@ def test_clients_are_balanced_and_lose_no_call_when_workers_are_killed_and_drain
 
     def is_balanced() -> bool:
         counts = host.active_counts()
-        return sum(counts) == len(targets) and max(counts) - min(counts) <= 1
+        return sorted(counts) == [len(targets) // 2, len(targets) // 2]
 
     def wait_for_balance() -> None:
         wait_until(is_balanced, timeout_s=120, pause_s=0.3)
@@ -340,16 +340,21 @@ def test_a_token_goes_to_no_port_that_has_not_proved_whose_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("active", "own", "home", "expected"),
+    ("loads", "home", "expected"),
     [
-        pytest.param({"0": 2, "1": 0}, {"0": 1}, "0", "1", id="two on one of two"),
-        pytest.param({"0": 2, "1": 1}, {"0": 1}, "0", None, id="as even as can be"),
-        pytest.param({"0": 8, "1": 0}, {"0": 8}, "0", None, id="all of them are its own"),
-        pytest.param({"0": 5, "1": 4, "2": 3}, {"0": 1}, "0", "2", id="the emptiest"),
-        pytest.param({"0": 1, "1": 1}, {"0": 4}, "0", None, id="some of its own are idle"),
+        pytest.param("1 0 0 0", "0", "2", id="to an empty device"),
+        pytest.param("1 0 1 0", "0", "1", id="on its device"),
+        pytest.param("1 1 1 0", "0", "3", id="to the other device"),
+        pytest.param("0 1 1 0", "0", None, id="nobody is with it"),
+        pytest.param("2 1 2 2", "0", "1", id="to a worker whose device has fewer"),
+        pytest.param("3 3 2 3", "1", "2", id="from the fuller device"),
+        pytest.param("2 2 1 3", "1", "2", id="to an emptier worker of a device that is as full"),
     ],
 )
-def test_a_client_moves_where_it_has_fewer_companions(
-    active: dict[str, int], own: dict[str, int], home: str, expected: str | None
+def test_a_client_moves_where_it_is_less_crowded(
+    loads: str, home: str, expected: str | None
 ) -> None:
-    assert better_home(home, companions(active, own)) == expected
+    devices = {"0": "cuda:0", "1": "cuda:0", "2": "cuda:1", "3": "cuda:1"}
+    others = dict(zip("0123", map(int, loads.split()), strict=True))
+
+    assert better_home(home, others, devices) == expected

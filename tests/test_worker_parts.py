@@ -104,7 +104,7 @@ def test_a_path_that_has_no_room_for_a_number_is_refused(tmp_path: Path) -> None
 
 def test_orders_reach_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = WorkerOrders(
-        "1", 5, None, 2, None, {"plan_store": Path("/a"), "addresses": ("b", "c"), "threads": 2}
+        "1", 5, None, 2, 30.0, {"plan_store": Path("/a"), "addresses": ("b", "c"), "threads": 2}
     )
     for name, value in orders.to_environment().items():
         monkeypatch.setenv(name, value)

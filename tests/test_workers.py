@@ -52,6 +52,20 @@ if orders.get("name") == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
+_IS_BLOCKED_LATER = """
+import json, os, time
+from deconvd_server.transports.grpc.handlers import GrpcService
+
+def expire_and_hang(self, call_later):
+    expire(self, call_later)
+    if orders.get("name") == "0" and not os.path.exists("{0}"):
+        open("{0}", "x").close()
+        call_later(1.0, lambda: time.sleep(3600))
+
+orders = json.loads(os.environ.get("_DECONVD_WORKER", "{{}}"))
+expire, GrpcService.expire = GrpcService.expire, expire_and_hang
+"""
+
 _CANNOT_START = """
 import os, sys
 if "_DECONVD_WORKER" in os.environ:
@@ -176,6 +190,38 @@ def test_a_process_that_dies_costs_its_own_calls_a_retry_and_nobody_else_anythin
             old.grpc_port,
             old.unix_sockets,
         )
+
+
+def test_processes_that_hang_are_replaced_but_not_if_all_were_stopped_together(
+    socket_directory: Path,
+) -> None:
+    constants = {
+        "deconvd_server.supervision.supervise:_HUNG_S": 3.0,
+        "deconvd_server.shutdown:_BLOCKED_S": 1.0,
+    }
+    prelude = _IS_BLOCKED_LATER.format(socket_directory / "was_blocked")
+    options = ["--processes", "3"]
+    with server_process(socket_directory, *options, constants=constants, prelude=prelude) as server:
+        wait_until(lambda: server.log.read_text().count("serves on") == 3)
+        os.kill(pid_of(server, "1"), signal.SIGSTOP)
+        for name in "01":
+            ended = f"worker {name} (cpu) was ended by SIGKILL"
+            wait_until(lambda ended=ended: ended in server.log.read_text())  # type: ignore[misc]
+        assert "worker 1 (cpu) has been silent for" in server.log.read_text()
+        assert re.search(r"worker 0.* gRPC's thread has not run for 1 s", server.log.read_text())
+        wait_for_serving(server, 3)
+
+        started = pids(server)
+        for pid in (*started, server.process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.5)  # longer than one of them may be silent
+        for pid in (server.process.pid, *started):
+            os.kill(pid, signal.SIGCONT)
+        wait_for_serving(server, 3)
+        assert set(pids(server)) & set(started)
+        code = server.end()
+
+    assert code == ExitCode.DRAINED
 
 
 def test_if_all_processes_die_calls_wait_for_the_next_ones(socket_directory: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,15 @@ from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
 from tests.worker_servers import ask, own_targets, pid_of, wait_for_serving, workers_of
 
-__all__ = ["ClientProcess", "WorkerHost", "running_clients", "running_host"]
+__all__ = [
+    "ClientProcess",
+    "ClientProcesses",
+    "WorkerHost",
+    "homes_of_children",
+    "running_client_processes",
+    "running_clients",
+    "running_host",
+]
 
 _CLIENT = """
 import json, sys, threading
@@ -38,6 +46,94 @@ while not is_over.wait(0.01):  # so that a worker that starts gets a processor, 
 print(json.dumps(calls_count))
 """
 
+_CLIENTS = """
+import json, sys, threading
+import numpy as np
+import deconvd_client
+from deconvd_client.workers import home_keeper, worker_membership
+
+home_keeper._NAMED_INTERVAL_S = 3600.0  # clients stay where they are
+worker_membership._HOME_TIMEOUT_S = worker_membership._VERIFY_TIMEOUT_S = 30.0
+x, W = np.ones((2, 8, 16, 16), np.float32), np.ones((8, 4, 4, 4), np.float32)
+
+class Client(threading.Thread):
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.F, self.has_home, self.is_over = None, threading.Event(), threading.Event()
+        self.start()
+
+    @property
+    def home(self):
+        return self.F._server._way._keeper.home.identity.decode()
+
+    def run(self):
+        with deconvd_client.connect(sys.argv[1]) as self.F:
+            while not self.is_over.wait(0.05):
+                self.F.deconvolution_2d(x, W)
+                if hasattr(self.F._server._way, "_keeper"):
+                    self.has_home.set()
+
+clients = []
+print(json.dumps([]), flush=True)
+for line in sys.stdin:
+    verb, *words = line.split()
+    if verb == "begin":
+        clients += [Client() for _ in range(int(words[0]))]
+        for client in clients:
+            assert client.has_home.wait(60)
+    if verb == "leave":
+        leaving = [client for client in clients if client.home in words]
+        for client in leaving:
+            client.is_over.set()
+        for client in leaving:
+            client.join()
+        clients = [client for client in clients if client not in leaving]
+    print(json.dumps([client.home for client in clients]), flush=True)
+"""
+
+_FORKING = """
+import json, os, sys, traceback
+import numpy as np
+import deconvd_client
+from deconvd_client.workers import home_keeper, worker_membership
+
+home_keeper._CHILD_PATIENCE_S = 60.0
+worker_membership._HOME_TIMEOUT_S = worker_membership._VERIFY_TIMEOUT_S = 30.0
+x, W = np.ones((2, 8, 16, 16), np.float32), np.ones((8, 4, 4, 4), np.float32)
+F = deconvd_client.connect(sys.argv[1])
+expected = F.deconvolution_2d(x, W)
+while not hasattr(F._server._way, "_keeper"):
+    F.deconvolution_2d(x, W)
+
+def work(number):
+    if number % 2:  # the first that a child does is at its own home
+        large = F.empty((1 << 20,), "f4")
+        workers = F._server._way._membership.workers
+        (home,) = [m for m in workers if m.server.borrower.locate(large) is not None]
+        assert home is F._server._way._keeper.home
+    assert np.array_equal(F.deconvolution_2d(x, W), expected)
+    return F._server._way._keeper.home.identity
+
+results, ends = os.pipe(), os.pipe()
+for number in range(int(sys.argv[2])):
+    if not os.fork():
+        os.close(ends[1])
+        try:
+            home = work(number)
+        except BaseException:
+            traceback.print_exc()
+            home = b"-"
+        os.write(results[1], home)
+        os.read(ends[0], 1)  # all are there until the last one has its home
+        os._exit(0)
+os.close(results[1])
+homes = b""
+while len(homes) < int(sys.argv[2]):
+    homes += os.read(results[0], 64)
+print(json.dumps([F._server._way._keeper.home.identity.decode(), *homes.decode()]))
+os.close(ends[1])
+"""
+
 
 @dataclass
 class WorkerHost:
@@ -50,6 +146,13 @@ class WorkerHost:
         pid = pid_of(self.server, name)
         os.kill(pid, number)
         wait_until(lambda: pid_of(self.server, name) != pid)
+
+    def told_counts(self) -> set[tuple[int, ...]]:
+        """Return how many active connections all workers have, as each of them says that serves."""
+        return {
+            tuple(worker.active_connections_count for worker in info.workers)
+            for info in self._ask_all()
+        }
 
     def active_counts(self) -> list[int]:
         """Return how many active connections each worker that serves has, as it says itself."""
@@ -80,10 +183,16 @@ class WorkerHost:
 
 @contextmanager
 def running_host(
-    directory: Path, *options: str, count: int = 2, listen: tuple[str, ...] = ("unix",)
+    directory: Path,
+    *options: str,
+    count: int = 2,
+    listen: tuple[str, ...] = ("unix",),
+    constants: Mapping[str, float] | None = None,
 ) -> Iterator[WorkerHost]:
-    """Run a server with `count` workers for the block, all of which serve."""
-    with server_process(directory, "--processes", str(count), *options, listen=listen) as server:
+    """Run a server with `count` workers for the block, all of which serve. The others are as for `server_process`."""
+    with server_process(
+        directory, "--processes", str(count), *options, listen=listen, constants=constants
+    ) as server:
         host = WorkerHost(server)
         wait_for_serving(server, count)
         yield host
@@ -125,3 +234,72 @@ def running_clients(targets: Sequence[tuple[str, str]]) -> Iterator[list[ClientP
             line = client.process.stdout.readline()
             assert line == "ready\n", client.process.communicate()[1]
         yield clients
+
+
+class ClientProcesses:
+    """Processes with several clients each, which call again and again, each at the home that the server has named."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+        self._processes = processes
+        self._answers()
+
+    def begin(self, count: int) -> list[str]:
+        """Have each process begin so many clients, all together. Return the homes of all."""
+        return self._order(f"begin {count}")
+
+    def homes(self) -> list[str]:
+        """Return the homes of all clients."""
+        return self._order("homes")
+
+    def leave(self, *names: str) -> list[str]:
+        """Have the clients end that have some workers as their homes. Return the homes of the others."""
+        return self._order(" ".join(["leave", *names]))
+
+    def _order(self, line: str) -> list[str]:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+        return self._answers()
+
+    def _answers(self) -> list[str]:
+        homes: list[str] = []
+        for process in self._processes:
+            assert process.stdout is not None
+            answer = process.stdout.readline()
+            assert answer, process.communicate()[1]
+            homes += json.loads(answer)
+        return homes
+
+
+@contextmanager
+def running_client_processes(target: str, count: int) -> Iterator[ClientProcesses]:
+    """Run processes with clients, none of which has begun yet, for the block."""
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[str]] = []
+        for _ in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CLIENTS, target],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.send_signal, signal.SIGKILL)
+            processes.append(process)
+        yield ClientProcesses(processes)
+
+
+def homes_of_children(target: str, count: int) -> list[str]:
+    """Return the home of a process, and those of so many others that it has forked in one moment."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _FORKING, target, str(count)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    homes: list[str] = json.loads(ended.stdout)
+    assert "-" not in homes, ended.stderr
+    return homes

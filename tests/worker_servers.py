@@ -62,11 +62,12 @@ def wait_for_serving(server: ServerProcess, count: int = 2) -> Sequence[pb.Worke
     found: list[Sequence[pb.Worker]] = [()]
 
     def are_there() -> bool:
-        found[0] = workers_of(server)
-        lists = [found[0]]
-        with suppress(grpc.RpcError):  # one that has just ended is listed for a moment
-            lists += [ask(own_targets(each)[-1]).workers for each in found[0] if each.is_serving]
-        counts = [sum(worker.is_serving for worker in workers) for workers in lists]
+        try:
+            found[0] = workers_of(server)
+            others = [ask(own_targets(each)[-1]).workers for each in found[0] if each.is_serving]
+        except grpc.RpcError:  # of one that has ended, and is listed for a moment
+            return False
+        counts = [sum(worker.is_serving for worker in workers) for workers in (found[0], *others)]
         return counts == [count] * (1 + count)
 
     wait_until(are_there)

@@ -25,6 +25,7 @@ from deconvd_client.residents import Call, Resident, ResidentExecutor
 from deconvd_client.server_info import ServerInfo
 from deconvd_client.shared_memory import Borrower
 from deconvd_client.transports.direct.connectors import connector_for
+from deconvd_client.transports.direct.pool import ConnectionGate
 from deconvd_client.transports.grpc.channel import open_channel
 from deconvd_client.transports.grpc.error_hints import ErrorHints
 from deconvd_client.transports.grpc.proxies import proxy_for
@@ -91,6 +92,7 @@ class Server:
         residents: The tensors that it keeps.
         ledgers: Say where the time of its calls went.
         dispatcher: Makes calls whose operands are on the host.
+        gate: Says whether direct connections may be opened.
     """
 
     def __init__(
@@ -112,11 +114,19 @@ class Server:
         self._transport = transport
         self.ledgers: LedgerRecorder = ledgers or LedgerRecorder()
         self._result_pool = BufferPool(_RESULT_POOL_BYTES)
+        self.gate: ConnectionGate = ConnectionGate()
         patience_s = _DISCOVERY_PATIENCE_S if discovery_s is None else discovery_s
         patience = Patience() if unix_path(target) else Patience(patience_s)
         owners = any_owner if credentials.is_empty else partial(trusted_owners, unix_path(target))
         open_stub = partial(
-            _open_stub, transport, max_message_bytes, patience, credentials, owners, note_info
+            _open_stub,
+            transport,
+            max_message_bytes,
+            patience,
+            credentials,
+            owners,
+            note_info,
+            self.gate,
         )
         retries = retries or RetryPolicy(fail_fast=fail_fast)
         self.route: Route = Route(open_stub, target, transport, retries, patience, owners)
@@ -277,6 +287,7 @@ def _open_stub(
     credentials: Credentials,
     owners: Owners,
     note_info: Callable[[pb.GetServerInfoResponse], None] | None,
+    gate: ConnectionGate,
     target: str,
 ) -> Stub:
     """Return the stub of a target; nothing is sent yet."""
@@ -293,7 +304,7 @@ def _open_stub(
     is_direct = transport is not TransportName.GRPC and max_message_bytes >= MAX_DIRECT_BYTES
     connector = connector_for(target, credentials, owners) if is_direct else None
     grpc = GrpcTransport(rpcs, ErrorHints(target, proxy, credentials))
-    return Stub(target, grpc, connector, Patience() if is_near else patience, note_info)
+    return Stub(target, grpc, connector, Patience() if is_near else patience, note_info, gate)
 
 
 def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:

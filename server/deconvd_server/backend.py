@@ -30,6 +30,7 @@ from deconvd_server.resources.unix_listener import (
     open_private_socket,
     open_side_sockets,
 )
+from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.resources.worker_threads import Workers, WorkersExecutor
 from deconvd_server.service.deconvolution import DeconvolutionService
 from deconvd_server.service.method import RpcMethod, idle_operand_bytes
@@ -177,6 +178,10 @@ class Backend:
             active_connections_count=self.active_connections_count,
         )
 
+    def connection_load(self) -> ConnectionLoad:
+        """Return what its direct connections are, for the homes of clients that begin."""
+        return ConnectionLoad(0, 0) if self._direct is None else self._direct.load()
+
     @property
     def active_connections_count(self) -> int:
         """How many direct connections have a call under way, or had one a moment ago."""
@@ -248,6 +253,11 @@ class Backend:
         """Return a device for which a thread has waited longer than `timeout_s`; None if there is none."""
         began_s = time.monotonic() - timeout_s
         return next((e.info.id for e in self._engines.all if e.waiting_since_s < began_s), None)
+
+    def blocked_loop(self, timeout_s: float) -> str | None:
+        """Return what has not run for longer than `timeout_s` of what accepts calls; None if all of it runs."""
+        is_blocked = self._direct is not None and self._direct.heartbeat.age_s > timeout_s
+        return "the thread for direct connections" if is_blocked else None
 
     def abort_direct_calls(self, error: DeconvdError) -> None:
         """End the direct calls under way with an error, even if their threads hang."""

@@ -24,6 +24,7 @@ from deconvd_server.call.counts import CallCounts
 from deconvd_server.device import Device
 from deconvd_server.resources.budgets import budgets
 from deconvd_server.resources.descriptors import connections_count
+from deconvd_server.resources.heartbeat import Heartbeat
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.settings import Settings
 from deconvd_server.transports.grpc.callers import CallerReader
@@ -147,6 +148,7 @@ class Daemon:
         self._callers = callers
         self._metrics_server = self._start_metrics_server()
         self._has_started = False
+        self._heartbeat: Heartbeat | None = None
         if not settings.shares_ports:
             self._start()
 
@@ -157,6 +159,7 @@ class Daemon:
             self._server.call_later(0, self._receive_limiter.check)
             self._server.start()
             self._service.expire(self._server.call_later)
+            self._heartbeat = Heartbeat(self._server.call_later)
 
     @property
     def health_addresses(self) -> list[str]:
@@ -260,6 +263,12 @@ class Daemon:
     def hung_device(self, timeout_s: float) -> str | None:
         """Return a device for which a thread has waited longer than `timeout_s`; None if there is none."""
         return None if self.backend is None else self.backend.hung_device(timeout_s)
+
+    def blocked_loop(self, timeout_s: float) -> str | None:
+        """Return a thread that all calls need and that has hung for longer than `timeout_s`; None if there is none."""
+        if self._heartbeat is not None and self._heartbeat.age_s > timeout_s:
+            return "gRPC's thread"
+        return None if self.backend is None else self.backend.blocked_loop(timeout_s)
 
     def abort(self, error: DeconvdError) -> bool:
         """End all calls with an error, and refuse later ones with it. Return False.

@@ -22,6 +22,7 @@ from deconvd_server.exit_reasons import (
     ServingLostError,
     StopRequest,
 )
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.resources.systemd import Notifier
 
 __all__ = ["Drainer", "exit_process", "run"]
@@ -37,6 +38,9 @@ _CUT_DRAIN_S: Final = 0.5
 
 _LOOK_PERIOD_S: Final = 1.0
 """How often the main thread calls `on_tick` and looks for a device that hangs; more often if a limit is short."""
+
+_BLOCKED_S: Final = 5.0
+"""After that time a thread that all calls need, and that has not run, hangs: what it does takes milliseconds."""
 
 _RETRY_AFTER_S: Final = 2.0
 """When callers of a device that hangs should try again: a supervisor takes about that long to start the next server."""
@@ -135,12 +139,18 @@ def _next_reason(
     notifier: Notifier,
     on_tick: Callable[[], None],
 ) -> ExitReason | DeviceHungError:
-    """Wait for a reason to end, and look meanwhile whether a device hangs."""
+    """Wait for a reason to end, and look meanwhile whether a device or a thread hangs."""
     period_s = min(_LOOK_PERIOD_S, device_timeout_s / 4, notifier.watchdog_s / 3)
     notifier.notify_alive()
+    blocked: str | None = None
     while (reason := reasons.take(period_s)) is None:
         on_tick()
-        notifier.notify_alive()
+        was_blocked, blocked = blocked, daemon.blocked_loop(_BLOCKED_S)
+        if blocked is None or blocked != was_blocked:  # or the process was stopped as a whole
+            notifier.notify_alive()
+        else:  # who watches ends the process: a thread that hangs cannot be ended
+            key = {REPEAT_KEY: (__name__, blocked)}
+            _log.error("%s has not run for %g s", blocked, _BLOCKED_S, extra=key)
         if (device := daemon.hung_device(device_timeout_s)) is not None:
             return DeviceHungError(
                 f"{device} has not ended a kernel or copy for {device_timeout_s:g} s "

@@ -26,7 +26,7 @@ from deconvd_client.calls.patience import Patience
 from deconvd_client.calls.responses import malformed_response, parse_response
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
-from deconvd_client.transports.direct.pool import DirectTransport
+from deconvd_client.transports.direct.pool import ConnectionGate, DirectTransport
 from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.failover import Failover
 from deconvd_client.transports.grpc.transport import GrpcTransport
@@ -55,6 +55,7 @@ class Stub:
         connector: Opens direct connections; None if there must not be any.
         patience: Bounds how long calls wait for direct connections.
         note_info: Called with each GetServerInfo response; None if nobody needs to know.
+        gate: Says whether direct connections may be opened; None if they always may.
 
     Attributes:
         direct: The direct connections; None if there must not be any.
@@ -69,6 +70,7 @@ class Stub:
         connector: Connector | None,
         patience: Patience,
         note_info: Callable[[pb.GetServerInfoResponse], None] | None = None,
+        gate: ConnectionGate | None = None,
     ) -> None:
         self._note_info = note_info
         self.target: str = target
@@ -82,7 +84,7 @@ class Stub:
         self._at_most_once_transport: Transport = grpc
         self.striped: StripedTransport | None = None
         if connector is not None:
-            self.direct = DirectTransport(connector, self._fetch_server_info, patience)
+            self.direct = DirectTransport(connector, self._fetch_server_info, patience, gate)
             self.striped = StripedTransport(self.direct)
             self._transport = Failover(self.direct, grpc)
             self._at_most_once_transport = Failover(self.direct, grpc, at_most_once=True)
@@ -197,10 +199,12 @@ class Stub:
         """Call HoldSession, and return once the server has answered the first message."""
         return self._grpc.hold_session(opening, deadline)
 
-    def get_server_info(self, deadline: Deadline, session: bytes = b"") -> pb.GetServerInfoResponse:
-        """Call GetServerInfo."""
-        request = pb.GetServerInfoRequest(session=session).SerializeToString()
-        response, _ = self._grpc.unary("GetServerInfo", request, deadline)
+    def get_server_info(
+        self, deadline: Deadline, session: bytes = b"", *, wants_home: bool = False
+    ) -> pb.GetServerInfoResponse:
+        """Call GetServerInfo. For the arguments see `GetServerInfoRequest`."""
+        request = pb.GetServerInfoRequest(session=session, wants_home=wants_home)
+        response, _ = self._grpc.unary("GetServerInfo", request.SerializeToString(), deadline)
         info = parse_response(pb.GetServerInfoResponse, response)
         self._takes_packed = PACKED_ELEMENTS in info.features
         self._features = frozenset(info.features)

@@ -10,11 +10,13 @@ from contextlib import suppress
 from typing import Final
 
 from deconvd.errors import DeconvdError
+from deconvd.host.forks import register_fork_reset
+from deconvd.model.home_choice import better_home, rank_homes
 from deconvd.v1 import deconvd_pb2 as pb
+from deconvd_client.calls.shared_task import SharedTask
 from deconvd_client.server import Server
 from deconvd_client.server_set.background_loop import BackgroundLoop
 from deconvd_client.server_set.balancer import Member, MemberState
-from deconvd_client.workers.home_choice import better_home, by_companions, companions
 from deconvd_client.workers.worker_membership import WorkerMembership
 
 __all__ = ["HomeKeeper"]
@@ -32,6 +34,12 @@ _ASKED_COUNT: Final = 4
 _FIRST_PAUSE_S: Final = 0.05
 """How long after that, at most, they are asked again: clients that begin together choose at different moments."""
 
+_NAMED_INTERVAL_S: Final = 4.0
+"""How long after the server has named a home the companions are counted: others that begin must have come to theirs."""
+
+_CHILD_PATIENCE_S: Final = 0.5
+"""How long the first calls of a forked child wait for its home."""
+
 _IDLE_S: Final = 3600.0
 
 _VAIN_LOOKS_COUNT: Final = 8
@@ -43,10 +51,11 @@ _log = logging.getLogger(__name__)
 class HomeKeeper:
     """Chooses one of the workers as the home, and another one when that is better. Thread-safe.
 
-    At the home the client has the fewest companions: active connections of others. These are counted soon after each
-    change, then less and less often, and not at all while no calls are made. Clients count at random moments, each asks
-    both workers for exact numbers just before it moves, and its connections move with it. So of many clients on a
-    worker only as many leave as should.
+    The server names the first home: it knows who else has just begun. An older server does not, and then the client
+    chooses as it does later. At the home it has the fewest companions, active connections of others, on the device as
+    on the worker. These are counted soon after each change, then less and less often, and not at all while no calls are
+    made. Clients count at random moments, each asks both workers for exact numbers just before it moves, and its
+    connections move with it. So of many clients on a worker only as many leave as should.
 
     Attributes:
         order: The workers that serve, the home first. Empty if none can be used.
@@ -69,6 +78,9 @@ class HomeKeeper:
         self._next_s = 0.0
         self._has_changed = False
         self._vain_count = 0
+        self._is_child = False  # which was forked, and has not found its home yet
+        self._child_task = SharedTask()
+        register_fork_reset(self)
 
     @property
     def home(self) -> Member[Server] | None:
@@ -77,16 +89,20 @@ class HomeKeeper:
         return order[0] if order else None
 
     def begin(self, info: pb.GetServerInfoResponse) -> None:
-        """Choose the first home from an answer of the server, and have a thread look after it."""
+        """Choose the first home after an answer of the server, and have a thread look after it."""
         self._membership.adopt(info)
-        with suppress(DeconvdError):  # it will be looked at again
-            if len(self._membership.listed) > 1:
-                self._choose_first()
-            self._choose()
+        self._find_home()
         self._loop.wake()
 
+    def reset_after_fork(self) -> None:
+        """Have a forked child find a home of its own, at its first need: all children would have that of the parent."""
+        self._is_child = True
+        self.is_dormant = True
+
     def wake(self) -> None:
-        """Have the companions counted soon: calls are made again."""
+        """Have the companions counted soon: calls are made again. In a child, find its home first, for a moment."""
+        if self._is_child:
+            self._child_task.run(self._find_home_of_child, _CHILD_PATIENCE_S)
         self.is_dormant = False
         self._loop.wake()
 
@@ -100,7 +116,8 @@ class HomeKeeper:
         """Have a home chosen soon: a worker has failed, or is back."""
         self._interval_s = _FIRST_INTERVAL_S
         self._has_changed = True
-        self.wake()
+        self.is_dormant = self._is_child
+        self._loop.wake()
 
     def close(self) -> None:
         """Look no more."""
@@ -108,6 +125,8 @@ class HomeKeeper:
 
     def _look(self) -> float:
         """Do what is due, and return in how many seconds the next will be."""
+        if self._is_child:
+            return _IDLE_S  # until its first call
         home = self.home
         if self._has_changed and (home is None or home.state is not MemberState.SERVING):
             self._next_s = 0.0  # calls go to others already, but not by their companions
@@ -140,55 +159,101 @@ class HomeKeeper:
         return self._interval_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
 
     def _look_again(self) -> None:
-        first = [] if self.home is None else [self.home]
+        home = self.home
+        if home is None or home.state is not MemberState.SERVING:
+            self._find_home()
+            return
         with suppress(DeconvdError):  # nobody answers: the calls themselves will tell
-            self._membership.ask_list(first)
-            self._choose()
+            self._membership.ask_list([home])
+            self._choose(may_move=True)
+
+    def _find_home_of_child(self) -> None:
+        self._next_s = 0.0
+        self._find_home()
+        self._is_child = False
+        self._loop.wake()
+
+    def _find_home(self) -> None:
+        """Settle at the home that the server names, or at one that is chosen here, and have the others as members."""
+        home = self._ask_for_home()
+        with suppress(DeconvdError):  # it will be looked at again
+            if home is not None:
+                home.server.open_direct_connection()  # by which the server sees that it is the home
+                self._settle(home, self._loads())
+                self._interval_s = _NAMED_INTERVAL_S
+                self._next_s = time.monotonic() + self._pause_s()
+            elif len(self._membership.listed) > 1:
+                self._choose_first()
+            self._choose(may_move=home is None)
+
+    def _ask_for_home(self) -> Member[Server] | None:
+        """Return the worker that the server names to this client alone; None if it names none that can be used."""
+        with suppress(DeconvdError):
+            info = self._membership.ask_list(wants_home=True)
+            return self._membership.join(info.home) if info.home else None
+        return None
 
     def _choose_first(self) -> None:
         """Choose the first home by exact numbers, and once more in a moment: others may be choosing, too.
 
         What the home then lends keeps calls there, whatever is better later.
         """
-        for name in by_companions(self._companions())[:_ASKED_COUNT]:
+        for name in self._rank(self._loads())[:_ASKED_COUNT]:
             self._membership.join(name)
-        others = self._companions()
-        joined = filter(None, map(self._membership.join, by_companions(others)))
+        loads = self._loads()
+        joined = filter(None, map(self._membership.join, self._rank(loads)))
         home = next(joined, None)
         if home is None:
             return
         home.server.open_direct_connection()  # which others count
         time.sleep(random.uniform(0, _FIRST_PAUSE_S))  # noqa: S311 - no secret
-        self._settle(home, others)
+        self._settle(home, loads)
         self._membership.count_active(home)
-        self._move_if_better(home, self._companions())
+        self._move_if_better(home, self._loads())
 
-    def _choose(self) -> None:
-        """Choose the home, and have the other workers as members, too."""
+    def _choose(self, *, may_move: bool) -> None:
+        """Choose the home, and have the other workers as members, too.
+
+        Args:
+            may_move: Whether the client may leave the home that it has.
+        """
         if len(self._membership.listed) < 2:  # one process is what the entry leads to
             self._membership.retire_all()
             self._set_order([])
             return
-        others = self._companions()
-        names = by_companions(others)
+        loads = self._loads()
+        names = self._rank(loads)
         home = self.home
         if home is None or home.state is not MemberState.SERVING:
             joined = filter(None, map(self._membership.join, names))
-            self._settle(next(joined, None), others)
-        elif home.identity.decode() in others:
-            self._move_if_better(home, others)
+            self._settle(next(joined, None), loads)
+        elif may_move and home.identity.decode() in loads:
+            self._move_if_better(home, loads)
         for name in names:
             self._membership.join(name)
-        self._settle(self.home, others)
+        self._settle(self.home, loads)
 
-    def _companions(self) -> dict[str, int]:
-        """Return how many companions the client has at each worker that serves, as of the list."""
-        active = {
-            worker.name: worker.active_connections_count
+    def _loads(self) -> dict[str, int]:
+        """Return how many active connections others have at each worker that serves, as of the list.
+
+        Connections of this client may be idle. Then they are not among the active ones.
+        """
+        own = self._own_connections()
+        return {
+            worker.name: max(worker.active_connections_count - own.get(worker.name, 0), 0)
             for worker in self._membership.listed.values()
             if worker.is_serving
         }
-        return companions(active, self._own_connections())
+
+    def _devices(self) -> dict[str, str]:
+        return {
+            worker.name: " ".join(worker.devices) for worker in self._membership.listed.values()
+        }
+
+    def _rank(self, loads: dict[str, int]) -> list[str]:
+        """Return the names of the workers, the best home first, equal ones in any order."""
+        names = random.sample([*loads], len(loads))
+        return rank_homes({name: loads[name] for name in names}, self._devices())
 
     def _own_connections(self) -> dict[str, int]:
         counts = {
@@ -199,32 +264,31 @@ class HomeKeeper:
         counts[name] = counts.get(name, 0) + self._membership.entry.server.direct_connections_count
         return counts
 
-    def _move_if_better(self, home: Member[Server], others: dict[str, int]) -> None:
-        name = better_home(home.identity.decode(), others)
+    def _move_if_better(self, home: Member[Server], loads: dict[str, int]) -> None:
+        home_name = home.identity.decode()
+        name = better_home(home_name, loads, self._devices())
         member = None if name is None else self._membership.join(name)
         if name is None or member is None:
             return
         for each in (home, member):
             self._membership.count_active(each)
-        exact = self._companions()
-        home_name = home.identity.decode()
-        pair = {each: exact[each] for each in (home_name, name) if each in exact}
-        if home_name not in pair or better_home(home_name, pair) is None:
+        exact = self._loads()
+        if home_name not in exact or better_home(home_name, exact, self._devices()) != name:
             return
-        _log.debug("moves from worker %s to %s: companions %s", home_name, name, exact)
+        _log.debug("moves from worker %s to %s: loads %s", home_name, name, exact)
         member.server.open_direct_connection()  # which others count
         self._settle(member, exact)
         self._interval_s = _FIRST_INTERVAL_S
         home.server.release_idle()
 
-    def _settle(self, home: Member[Server] | None, others: dict[str, int]) -> None:
+    def _settle(self, home: Member[Server] | None, loads: dict[str, int]) -> None:
         """Make a worker the home, with the others after it."""
         serving = {
             member.identity.decode(): member
             for member in self._membership.workers
             if member.state is MemberState.SERVING
         }
-        names = by_companions({name: others.get(name, 0) for name in serving})
+        names = self._rank({name: loads.get(name, 0) for name in serving})
         members = [serving[name] for name in names]
         if home in members:
             members = [home, *(member for member in members if member is not home)]

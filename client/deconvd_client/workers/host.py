@@ -222,9 +222,9 @@ class Host:
         if workers is not None:
             workers.note_answer()
         elif self._is_shared(info):
-            if (
-                not self._must_ask
-            ):  # else whoever makes a call asks, and whoever only looks uses no worker
+            if not self._must_ask:  # else whoever makes a call asks, and whoever only looks uses no worker
+                # a direct connection would seem to be that of a client which keeps to the worker that answers here
+                self.entry.gate.is_open = False
                 self._discovery.run(self._find_workers, 0.0)
         elif not self._is_settled:
             self._take_way()
@@ -266,6 +266,7 @@ class Host:
         """Have calls made by the workers if one of them can be used, else by the entry."""
         workers = self._workers
         self._way = self.entry if workers is None or not workers.has_home else workers
+        self.entry.gate.is_open = self._way is self.entry
         self.execute = self._way.execute  # type: ignore[method-assign]  # see `execute`
 
 

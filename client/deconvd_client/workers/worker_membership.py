@@ -24,6 +24,9 @@ _VERIFY_TIMEOUT_S: Final = 2.0
 _LIST_TIMEOUT_S: Final = 1.0
 """How long a worker may take to list the others. Then another one is asked."""
 
+_HOME_TIMEOUT_S: Final = 1.0
+"""How much longer a worker may take that is to name a home: its supervisor may hang."""
+
 _MAX_WORKERS_COUNT: Final = 64
 """How many workers a client connects to, whatever a server says."""
 
@@ -79,20 +82,26 @@ class WorkerMembership:
         """The members that are workers, also those that are OUT."""
         return [member for member in self._balancer.members if not member.is_spare]
 
-    def ask_list(self, first: Iterable[Member[Server]] = ()) -> pb.GetServerInfoResponse:
+    def ask_list(
+        self, first: Iterable[Member[Server]] = (), *, wants_home: bool = False
+    ) -> pb.GetServerInfoResponse:
         """Ask for the list of workers, and adopt it. Return the answer.
 
         Args:
             first: Whom to ask before others.
+            wants_home: Whether it should name a home, too.
 
         Raises:
             DeconvdError: Nobody answers.
         """
+        extra_s = _HOME_TIMEOUT_S if wants_home else 0.0
         serving = [m for m in self.workers if m.state is MemberState.SERVING]
         for member in dict.fromkeys([*first, *serving]):
             with suppress(DeconvdError):
-                return self._adopt(_ask(member.server, Deadline(_LIST_TIMEOUT_S)))
-        return self._adopt(_ask(self.entry.server, Deadline(_VERIFY_TIMEOUT_S)))
+                deadline = Deadline(_LIST_TIMEOUT_S + extra_s)
+                return self._adopt(_ask(member.server, deadline, wants_home=wants_home))
+        deadline = Deadline(_VERIFY_TIMEOUT_S + extra_s)
+        return self._adopt(_ask(self.entry.server, deadline, wants_home=wants_home))
 
     def adopt(self, info: pb.GetServerInfoResponse) -> None:
         """Adopt the list in an answer from the address that the caller has given."""
@@ -227,9 +236,11 @@ class WorkerMembership:
         run_in_background(member.server.close)
 
 
-def _ask(server: Server, deadline: Deadline) -> pb.GetServerInfoResponse:
+def _ask(
+    server: Server, deadline: Deadline, *, wants_home: bool = False
+) -> pb.GetServerInfoResponse:
     """Ask a server at its own address, once."""
-    return server.route.target_stub.get_server_info(deadline)
+    return server.route.target_stub.get_server_info(deadline, wants_home=wants_home)
 
 
 def _name_of(member: Member[Server]) -> str:

@@ -214,6 +214,8 @@ class WorkerSet:
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """Return a new array, in memory that the worker of this thread lends, if possible."""
         self._assign_place()
+        if self._keeper.is_dormant:
+            self._keeper.wake()
         order = self._keeper.order
         member = order[self._place.number % len(order)] if order else self._entry
         if member.state is not _SERVING:

@@ -1386,18 +1386,25 @@ class GetServerInfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    WANTS_HOME_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The caller's session. `Device.caches` counts the resident tensors of this session's tenant only: no caller learns what
     other tenants keep. If the session is absent or unknown to the server, no resident tensors are counted.
+    """
+    wants_home: _builtins.bool
+    """Whether the caller is about to keep to one of `GetServerInfoResponse.workers`, and wants to know to which. It SHOULD then
+    open a direct connection to that one within seconds: until then the server counts it there. A caller that only looks MUST
+    NOT set this.
     """
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
+        wants_home: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "wants_home", b"wants_home"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1422,6 +1429,7 @@ class GetServerInfoResponse(_message.Message):
     COUNTS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     WORKER_NAME_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of deconvd, in the form of PEP 440."""
     shared_memory_socket: _builtins.str
@@ -1436,6 +1444,11 @@ class GetServerInfoResponse(_message.Message):
     """
     worker_name: _builtins.str
     """The name of the answering process in `workers`. Empty if it serves alone."""
+    home: _builtins.str
+    """The name of the worker to which a caller with `wants_home` SHOULD keep. Callers that ask at the same moment get different
+    ones in turn. Empty if it was not asked for, if the server is older than this field, or if it cannot tell now: then the
+    caller chooses by `active_connections_count`.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -1488,10 +1501,11 @@ class GetServerInfoResponse(_message.Message):
         counts: Global___ServerCounts | None = ...,
         workers: _abc.Iterable[Global___Worker] | None = ...,
         worker_name: _builtins.str = ...,
+        home: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version", "worker_name", b"worker_name", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "devices", b"devices", "direct_port", b"direct_port", "element_types", b"element_types", "features", b"features", "home", b"home", "instance_id", b"instance_id", "limits", b"limits", "shared_memory_socket", b"shared_memory_socket", "side_sockets", b"side_sockets", "unix_sockets", b"unix_sockets", "version", b"version", "worker_name", b"worker_name", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,15 +5,27 @@ A supervisor starts such processes: see `deconvd_server.supervision`. A process 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 from deconvd.v1 import deconvd_pb2 as pb
 
-__all__ = ["MAX_WORKERS_COUNT", "WORKERS", "WorkerTable"]
+__all__ = ["MAX_WORKERS_COUNT", "WORKERS", "ConnectionLoad", "WorkerTable"]
 
 MAX_WORKERS_COUNT: Final = 128
 """The most processes that serve as one: the first byte of a secret name has their numbers."""
+
+
+class ConnectionLoad(NamedTuple):
+    """The direct connections of a process, by which clients that begin get their homes.
+
+    Attributes:
+        recent_count: How many there are that have begun, or carried a call, within the last ten seconds.
+        begun_count: How many have begun since the process has.
+    """
+
+    recent_count: int
+    begun_count: int
 
 
 class WorkerTable:
@@ -22,11 +34,15 @@ class WorkerTable:
     Attributes:
         name: This process's name, which is its number; empty if it serves alone.
         workers: All of them, this one included; empty if it serves alone.
+        tell_load: Tells whoever names homes what this process's direct connections are.
+        request_home: Returns the name of the process to which a client that begins should keep; empty if nobody knows.
     """
 
     def __init__(self) -> None:
         self.name = ""
         self.workers: Sequence[pb.Worker] = ()
+        self.tell_load: Callable[[], None] = lambda: None
+        self.request_home: Callable[[], str] = str
 
     @property
     def mark(self) -> bytes:

@@ -134,6 +134,7 @@ class DeconvolutionService:
             counts=self._counts(call.identity).to_message(),
             workers=self._workers(),
             worker_name=WORKERS.name,
+            home=WORKERS.request_home() if request.message.wants_home else "",
         )
         info.MergeFrom(self._endpoints)
         return Envelope(info, {})

@@ -4,8 +4,11 @@
 |---|---|---|
 | worker | R, it serves | its entry in the table: a `Worker` message |
 | worker | A, its main thread is alive | its entry in the table, as of now |
+| worker | L, what its direct connections are | a `ConnectionLoad`, as two numbers of 8 bytes |
+| worker | H, a client needs a home | anything that tells the request from others |
 | worker | S, it is about to end | |
 | supervisor | T, the table of all workers | a `GetServerInfoResponse` with `workers` alone |
+| supervisor | H, the home of a client | what the request had, and the name of a worker, which may be empty |
 | supervisor | D, drain; C, cancel the calls that the drain waits for | |
 
 The end of a link is the end of the process at its other end.
@@ -14,8 +17,8 @@ The end of a link is the end of the process at its other end.
 from __future__ import annotations
 
 import logging
-import math
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -23,12 +26,14 @@ from typing import Final
 
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.exit_reasons import ExitReasons, StopRequest
-from deconvd_server.resources.worker_table import WORKERS
+from deconvd_server.resources.worker_table import WORKERS, ConnectionLoad
 
-__all__ = ["MAX_PACKET_BYTES", "LinkNotifier", "Packet", "start_link_thread"]
+__all__ = ["MAX_PACKET_BYTES", "LinkNotifier", "Packet", "parse_load", "start_link_thread"]
 
 MAX_PACKET_BYTES: Final = 160 << 10
 """More than a table of the most workers takes, with the longest paths, and less than the kernel's buffers."""
+
+_LOAD: Final = struct.Struct("<QQ")
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ class Packet(bytes, Enum):
 
     READY = b"R"
     ALIVE = b"A"
+    LOAD = b"L"
+    HOME = b"H"
     STOPPING = b"S"
     TABLE = b"T"
     DRAIN = b"D"
@@ -47,20 +54,33 @@ class Packet(bytes, Enum):
 _REQUESTS: Final = {Packet.DRAIN: StopRequest.DRAIN, Packet.CUT: StopRequest.CUT}
 
 
-def start_link_thread(link: socket.socket, reasons: ExitReasons) -> None:
-    """Do what the supervisor says, in a thread of its own; drain if it ends."""
+def start_link_thread(
+    link: socket.socket, reasons: ExitReasons, on_home: Callable[[bytes], None]
+) -> None:
+    """Do what the supervisor says, in a thread of its own; drain if it ends.
+
+    Args:
+        on_home: Called with the contents of its answer to a request for a home.
+    """
 
     def run() -> None:
         while packet := _receive(link):
             letter = Packet(packet[:1])
             if letter is Packet.TABLE:
                 WORKERS.workers = pb.GetServerInfoResponse.FromString(packet[1:]).workers
+            elif letter is Packet.HOME:
+                on_home(packet[1:])
             else:
                 reasons.put(_REQUESTS[letter])
         _log.warning("the supervisor has ended")
         reasons.put(StopRequest.DRAIN)
 
     threading.Thread(target=run, name="link", daemon=True).start()
+
+
+def parse_load(contents: bytes) -> ConnectionLoad:
+    """Return what a worker has told of its direct connections."""
+    return ConnectionLoad(*_LOAD.unpack(contents))
 
 
 def _receive(link: socket.socket) -> bytes:
@@ -76,17 +96,24 @@ class LinkNotifier:
 
     Args:
         link: The worker's end of the link.
-        watchdog_s: How long the worker may be silent; None if nobody minds.
+        watchdog_s: How long the worker may be silent.
         describe: Returns the worker's entry in the table. Called once it serves, and then whenever it tells that it is
             alive.
+        load: Returns what its direct connections are. Called as often, for each client that needs a home, and soon
+            after connections have begun or ended.
     """
 
     def __init__(
-        self, link: socket.socket, watchdog_s: float | None, describe: Callable[[], pb.Worker]
+        self,
+        link: socket.socket,
+        watchdog_s: float,
+        describe: Callable[[], pb.Worker],
+        load: Callable[[], ConnectionLoad],
     ) -> None:
-        self.watchdog_s = math.inf if watchdog_s is None else watchdog_s
+        self.watchdog_s = watchdog_s
         self._link = link
         self._describe = describe
+        self._load = load
 
     def notify_ready(self) -> None:
         """Tell that the worker serves."""
@@ -98,7 +125,21 @@ class LinkNotifier:
 
     def notify_alive(self) -> None:
         """Tell that its main thread is alive. The supervisor wants to know, whether or not systemd does."""
+        self.tell_load()
         self._send(Packet.ALIVE, self._describe().SerializeToString())
+
+    def request_home(self, number: bytes) -> None:
+        """Ask for the home of a client. Any thread may do so.
+
+        Args:
+            number: What the answer will begin with.
+        """
+        self.tell_load()
+        self._send(Packet.HOME, number)
+
+    def tell_load(self) -> None:
+        """Tell what the direct connections are. Any thread may do so."""
+        self._send(Packet.LOAD, _LOAD.pack(*self._load()))
 
     def _send(self, letter: Packet, contents: bytes = b"") -> None:
         try:

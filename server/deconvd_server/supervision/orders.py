@@ -27,7 +27,7 @@ class WorkerOrders:
         link: The descriptor of its link to the supervisor.
         metrics: The descriptor by which the supervisor asks for metrics; None if nobody does.
         card_parts_count: How many workers share the memory of its card.
-        watchdog_s: How long its main thread may be silent; None if it does not matter.
+        watchdog_s: How long its main thread may be silent.
         options: Values for options of the command, by the names of the parameters, in place of those that were given.
     """
 
@@ -35,7 +35,7 @@ class WorkerOrders:
     link: int
     metrics: int | None
     card_parts_count: int
-    watchdog_s: float | None
+    watchdog_s: float
     options: Mapping[str, Any]
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -33,6 +34,9 @@ from deconvd_server.transports.grpc.health_server import HealthServer
 from deconvd_server.transports.listen import host_of, listen_tcp, reserve_port, side_hosts
 
 __all__ = ["supervise"]
+
+_HUNG_S: Final = 30.0
+"""How long a worker may be silent before it is killed, if systemd's watchdog says nothing else."""
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["DeconvolutionService"]
 
@@ -151,13 +155,14 @@ def _make_worker(
     own["addresses"] = [*tcp, *own_addresses(addresses, place.name, grpc_port)]
     own["direct_port"] = direct_port
     own["plan_store"] = options["plan_store"]
-    is_watched = notifier.watchdog_s < float("inf")
+    is_watched = notifier.watchdog_s < math.inf
     return Worker(
         place,
         grpc_port,
         own,
         has_metrics=options["metrics_port"] is not None,
-        watchdog_s=notifier.watchdog_s if is_watched else None,
+        watchdog_s=notifier.watchdog_s if is_watched else _HUNG_S,
+        drain_s=options["drain_delay_s"] + options["drain_timeout_s"],
         workers_count=workers_count,
     )
 

@@ -16,6 +16,7 @@ from deconvd_server.device.faults import DeviceLostError
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
 from deconvd_server.resources.systemd import SystemdNotifier
+from deconvd_server.supervision.home_claims import HomeClaims
 from deconvd_server.supervision.link import Packet
 from deconvd_server.supervision.shared_path import SharedPath
 from deconvd_server.supervision.worker import Worker
@@ -25,6 +26,9 @@ __all__ = ["Supervisor"]
 
 _TICK_S: Final = 1.0
 """How often it looks for silent workers and removed paths, and tells systemd that it is alive."""
+
+_LATE_S: Final = 1.0
+"""If it looks so much later than that, it was itself stopped."""
 
 _REAP_S: Final = 0.02
 """How often it looks for the end of a process whose link has ended."""
@@ -88,8 +92,9 @@ class Supervisor:
         self._is_ready = False
         self._serving: list[bool] = []
         self._leader: Worker | None = None
-        self._next_tick_s = 0.0
+        self._next_tick_s = time.monotonic()
         self._is_draining = False
+        self._claims = HomeClaims()
 
     def run(self) -> ExitCode:
         """Run the workers, and return what to end with. All their processes have ended then."""
@@ -114,7 +119,11 @@ class Supervisor:
         has_changed = False
         for worker in self._workers:
             has_changed |= worker.take_packets()
-            has_changed |= worker.reap(is_draining=self._is_draining)
+            self._claims.note_load(worker.place.name, worker.load)
+            if worker.reap(is_draining=self._is_draining):
+                self._claims.forget(worker.place.name)
+                has_changed = True
+        self._give_homes()
         if time.monotonic() >= self._next_tick_s:
             self._tick()
         # a worker that says nothing any more changes as well
@@ -123,6 +132,12 @@ class Supervisor:
             self._serving = serving
             self._spread_news()
         return reason
+
+    def _give_homes(self) -> None:
+        """Answer the workers that ask where clients that begin should keep to."""
+        serving = {w.place.name: w.place.device for w in self._workers if w.is_serving}
+        for worker in self._workers:
+            worker.answer_home_requests(lambda: self._claims.claim(serving, time.monotonic()))
 
     def _wait(self) -> str | None:
         with selectors.DefaultSelector() as selector:
@@ -145,6 +160,10 @@ class Supervisor:
         return max(due_s - time.monotonic(), 0)
 
     def _tick(self) -> None:
+        late_s = time.monotonic() - self._next_tick_s
+        if late_s > _LATE_S:  # all processes were stopped, as in a container that was paused
+            for worker in self._workers:
+                worker.excuse(late_s)
         self._next_tick_s = time.monotonic() + min(_TICK_S, self._notifier.watchdog_s / 3)
         if self._is_ready and not self._is_draining:
             self._notifier.notify_alive()

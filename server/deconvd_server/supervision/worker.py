@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any, Final
@@ -18,8 +18,9 @@ from typing import Any, Final
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.resources.machine import PARTS_VARIABLE
+from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.supervision.layout import WorkerPlace
-from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet
+from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load
 from deconvd_server.supervision.metrics_channel import MetricsChannel
 from deconvd_server.supervision.orders import WorkerOrders
 
@@ -67,12 +68,15 @@ class Worker:
         exit_code: What the last process has ended with, as `subprocess` counts; None before.
         restarts_count: How many processes it has had after the first.
         has_served: Whether one of them has served.
+        load: What its direct connections are, as it has told last.
+        home_requests: The numbers of its requests for clients' homes that were not answered yet.
 
     Args:
         grpc_port: Its own port, or 0.
         options: Its own values for options of the command.
         has_metrics: Whether it will be asked for metrics.
-        watchdog_s: How long it may be silent before it is killed; None for as long as it likes.
+        watchdog_s: How long it may be silent before it is killed.
+        drain_s: How much longer it may take to end once it has said that it is about to.
         workers_count: How many share the machine.
     """
 
@@ -83,7 +87,8 @@ class Worker:
         options: Mapping[str, Any],
         *,
         has_metrics: bool,
-        watchdog_s: float | None,
+        watchdog_s: float,
+        drain_s: float,
         workers_count: int,
     ) -> None:
         self.place = place
@@ -93,10 +98,13 @@ class Worker:
         self.exit_code: int | None = None
         self.restarts_count = -1
         self.has_served = False
+        self.load = ConnectionLoad(0, 0)
+        self.home_requests: list[bytes] = []
         self._message = pb.Worker(name=place.name, grpc_port=grpc_port, devices=[place.device])
         self._options = options
         self._has_metrics = has_metrics
         self._watchdog_s = watchdog_s
+        self._drain_s = drain_s
         self._workers_count = workers_count
         self._process: subprocess.Popen[bytes] | None = None
         self._failures_count = 0
@@ -225,6 +233,10 @@ class Worker:
             self._message.MergeFrom(described)
             if self.state is WorkerState.STARTING:
                 self.state, self.has_served = WorkerState.SERVING, True
+        elif letter is Packet.LOAD:
+            self.load = parse_load(contents)
+        elif letter is Packet.HOME:
+            self.home_requests.append(contents)
         elif letter is Packet.STOPPING:
             self.state = WorkerState.STOPPING
         has_changed = self._message.active_connections_count != was_active_count
@@ -235,6 +247,12 @@ class Worker:
         if letter is Packet.DRAIN and self.state is WorkerState.WAITING:
             self.state = WorkerState.ENDED
         self._send(letter.value)
+
+    def answer_home_requests(self, choose: Callable[[], str]) -> None:
+        """Answer each of its requests for a client's home."""
+        for number in self.home_requests:
+            self._send(Packet.HOME.value + number + choose().encode())
+        self.home_requests.clear()
 
     def tell_table(self, table: bytes) -> None:
         """Tell it of all workers. If it does not read now, `owes_table` is true afterwards."""
@@ -257,13 +275,18 @@ class Worker:
 
     def kill_if_silent(self) -> None:
         """Kill its process if its main thread has been silent for too long: it hangs, and would for ever."""
-        if (
-            self._watchdog_s is not None
-            and self.state in (WorkerState.SERVING, WorkerState.STOPPING)
-            and time.monotonic() - self._alive_s > self._watchdog_s
-        ):
-            _log.error("%s has been silent for %g s, and is killed", self, self._watchdog_s)
+        limits_s = {
+            WorkerState.SERVING: self._watchdog_s,
+            WorkerState.STOPPING: self._watchdog_s + self._drain_s,
+        }
+        limit_s = limits_s.get(self.state, math.inf)
+        if self.has_process and time.monotonic() - self._alive_s > limit_s:
+            _log.error("%s has been silent for %g s, and is killed", self, limit_s)
             self.kill()
+
+    def excuse(self, pause_s: float) -> None:
+        """Count a time not as its silence in which nobody could have heard it."""
+        self._alive_s = min(self._alive_s + pause_s, time.monotonic())
 
     def kill(self) -> None:
         """End its process at once."""
@@ -281,6 +304,8 @@ class Worker:
             return False
         self.exit_code, self._process = code, None
         self._close_link()
+        self.load = ConnectionLoad(0, 0)
+        self.home_requests.clear()
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 
-from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.daemon import Daemon
 from deconvd_server.exit_reasons import ExitReasons
 from deconvd_server.resources.systemd import Notifier
 from deconvd_server.resources.worker_table import WORKERS
+from deconvd_server.supervision.home_requests import HomeRequests
 from deconvd_server.supervision.link import LinkNotifier, start_link_thread
 from deconvd_server.supervision.orders import WorkerOrders
 
@@ -16,11 +17,13 @@ __all__ = ["WorkerLink", "open_link"]
 
 
 class WorkerLink:
-    """What a worker has that a server alone has not."""
+    """What a worker has that a server alone has not. It begins a thread, which does what the supervisor says."""
 
-    def __init__(self, orders: WorkerOrders, link: socket.socket) -> None:
+    def __init__(self, orders: WorkerOrders, reasons: ExitReasons) -> None:
         self._orders = orders
-        self._link = link
+        self._link = socket.socket(fileno=orders.link)
+        self._homes = HomeRequests()
+        start_link_thread(self._link, reasons, self._homes.note_answer)
 
     def notifier(self, daemon: Daemon) -> Notifier:
         """Return what tells the supervisor how a daemon is, which serves. Answer the supervisor from now on."""
@@ -30,16 +33,17 @@ class WorkerLink:
 
             start_metrics_thread(self._orders.metrics, daemon.metrics_view().collector_for)
 
-        def describe() -> pb.Worker:
-            assert daemon.backend is not None
-            return daemon.backend.worker()
-
-        return LinkNotifier(self._link, self._orders.watchdog_s, describe)
+        backend = daemon.backend
+        assert backend is not None
+        notifier = LinkNotifier(
+            self._link, self._orders.watchdog_s, backend.worker, backend.connection_load
+        )
+        WORKERS.tell_load = notifier.tell_load
+        WORKERS.request_home = partial(self._homes.request, notifier.request_home)
+        return notifier
 
 
 def open_link(orders: WorkerOrders, reasons: ExitReasons) -> WorkerLink:
-    """Become the worker that the orders say, and do what the supervisor says from now on. It begins a thread."""
+    """Become the worker that the orders say, and do what the supervisor says from now on."""
     WORKERS.name = orders.name
-    link = socket.socket(fileno=orders.link)
-    start_link_thread(link, reasons)
-    return WorkerLink(orders, link)
+    return WorkerLink(orders, reasons)

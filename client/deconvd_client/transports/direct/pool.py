@@ -19,6 +19,7 @@ from deconvd.direct.frame_stream import FrameStream, report_progress
 from deconvd.errors import CallCancelledError, DeadlineError, DeconvdError
 from deconvd.host.adaptive_backoff import AdaptiveBackoff
 from deconvd.host.forks import new_lock, register_fork_reset
+from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.ledger import OVERLAP_ENTRY
 from deconvd.wire.status import error_from_status
 from deconvd_client.calls.cancel_scope import CancelScope
@@ -36,7 +37,7 @@ from deconvd_client.transports.backoff import Backoff
 from deconvd_client.transports.direct.connectors import Connector, InfoFetcher
 from deconvd_client.transports.direct.duplex_call import run_stream_attempt
 
-__all__ = ["DirectTransport"]
+__all__ = ["ConnectionGate", "DirectTransport"]
 
 _T = TypeVar("_T")
 
@@ -60,6 +61,13 @@ _METHODS: Final = {method.name: method for method in MethodCode}
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class ConnectionGate:
+    """Whether connections to a server may be opened, whatever the way to it."""
+
+    is_open: bool = True
+
+
 class DirectTransport:
     """Carries calls by direct connections, one call at a time on each. See `Transport`. Thread-safe.
 
@@ -67,14 +75,20 @@ class DirectTransport:
         connector: Opens connections.
         fetch_info: Asks the server for its GetServerInfo response.
         patience: Bounds how long calls wait for connections.
+        gate: Says whether connections may be opened; None if they always may.
     """
 
     def __init__(
-        self, connector: Connector, fetch_info: InfoFetcher, patience: Patience | None = None
+        self,
+        connector: Connector,
+        fetch_info: InfoFetcher,
+        patience: Patience | None = None,
+        gate: ConnectionGate | None = None,
     ) -> None:
         self._connector = connector
         self._fetch_info = fetch_info
         self._patience = Patience() if patience is None else patience
+        self._gate = ConnectionGate() if gate is None else gate
         self._is_closed = False
         self._backoff = Backoff()
         self._polling = BusyPolling(_POLL_DURATION_S, lead_s=_POLL_LEAD_S)
@@ -96,7 +110,7 @@ class DirectTransport:
     @property
     def may_connect(self) -> bool:
         """Whether a new connection may be tried: the last try succeeded, or was long ago."""
-        return not self._is_closed and not self._backoff.is_pending
+        return self._gate.is_open and not self._is_closed and not self._backoff.is_pending
 
     @property
     def may_carry(self) -> bool:
@@ -329,10 +343,16 @@ class DirectTransport:
     def _connect(self, deadline: Deadline) -> FrameStream | None:
         """Return a new connection; None if none can be opened, whatever the reason."""
         try:
-            return self._connector.connect(self._fetch_info, deadline.remaining_s())
+            return self._connector.connect(self._fetch_if_open, deadline.remaining_s())
         except Exception as error:  # noqa: BLE001 - gRPC serves the call, whatever the reason
             _log.debug("no direct calls: %s", error)
             return None
+
+    def _fetch_if_open(self) -> pb.GetServerInfoResponse:
+        info = self._fetch_info()
+        if not self._gate.is_open:  # closed by whoever has seen the answer
+            raise NotServedDirectlyError
+        return info
 
     def _add_connection(
         self, connection: FrameStream | None, *, is_taken: bool = False
@@ -348,7 +368,8 @@ class DirectTransport:
         """
         with self._lock:
             if connection is None:
-                self._backoff.note_failure()
+                if self._gate.is_open:
+                    self._backoff.note_failure()
             elif not self._is_closed:
                 self._backoff.note_success()
                 if is_taken:

@@ -79,9 +79,6 @@ _HELLO_SEND_S: Final = 10.0
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
 
-_ACTIVE_S: Final = 2.0
-"""How long a connection is active after its last call. Clients that work make calls more often."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -155,14 +152,15 @@ class DirectConnection:
         """Whether it has no call under way."""
         return self._state is _ConnectionState.IDLE
 
-    @property
-    def is_active(self) -> bool:
-        """Whether it has a call under way, or had one a moment ago, or is as new as that."""
-        return not self.is_idle or time.monotonic() - self._place.progressed_s < _ACTIVE_S
+    def was_used_within(self, age_s: float) -> bool:
+        """Return whether it has a call under way, or had one within that time, or has begun within it."""
+        used_s = max(self._place.progressed_s, self._began_s)
+        return not self.is_idle or time.monotonic() - used_s < age_s
 
     def start(self, place: PeerPlace) -> None:
         """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""
         self._place = place
+        self._began_s = time.monotonic()
         place.is_idle = True
         place.progressed_s = (
             -math.inf

@@ -19,7 +19,9 @@ from deconvd_server.access.server_tls import ServerTls
 from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
+from deconvd_server.resources.heartbeat import Heartbeat
 from deconvd_server.resources.unix_listener import SideSocket
+from deconvd_server.resources.worker_table import WORKERS, ConnectionLoad
 from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.greeter import GreetedClient, Greeter
@@ -34,6 +36,15 @@ _CONNECTIONS_COUNT: Final = 256
 
 _RESERVED_CONNECTIONS_COUNT: Final = 32
 """How many of them are for peers that have none: as many as may well come at once while one peer has all the others."""
+
+_ACTIVE_S: Final = 2.0
+"""How long a connection is active after its last call. Clients that work make calls more often."""
+
+_RECENT_S: Final = 10.0
+"""The same where a client that begins looks for its home: it stays there longer than others pause."""
+
+_TELL_S: Final = 0.05
+"""How soon it is told that connections have begun or ended, and how often at most."""
 
 _CHECK_PERIOD_S: Final = 1.0
 """How often idle connections of clients that may no longer call are closed."""
@@ -77,6 +88,8 @@ class DirectServer:
         self._last_caller = LastCaller()
         self._lock = threading.Lock()
         self._connections: dict[int, DirectConnection] = {}  # by descriptor
+        self._begun_count = 0
+        self._is_change_noted = False
         self._shares = FairShares(
             _CONNECTIONS_COUNT, _RESERVED_CONNECTIONS_COUNT, "direct connections"
         )
@@ -91,6 +104,7 @@ class DirectServer:
             on_lost,
         )
         self._greeter = Greeter(self._listener, authenticator, tls, instance, self._admit)
+        self.heartbeat: Heartbeat = Heartbeat(self._listener.call_later)
         if not authenticator.is_open:
             self._listener.call_later(_CHECK_PERIOD_S, self._close_invalid)
         self._thread = threading.Thread(target=self._listener.run, name="direct-calls", daemon=True)
@@ -146,7 +160,14 @@ class DirectServer:
     @property
     def active_connections_count(self) -> int:
         """How many of them have a call under way, or had one a moment ago: clients keep to servers with few."""
-        return sum(connection.is_active for connection in self._all_connections())
+        return sum(each.was_used_within(_ACTIVE_S) for each in self._all_connections())
+
+    def load(self) -> ConnectionLoad:
+        """Return how many have been used of late, and how many there were in all."""
+        with self._lock:
+            connections, begun_count = list(self._connections.values()), self._begun_count
+        recent_count = sum(each.was_used_within(_RECENT_S) for each in connections)
+        return ConnectionLoad(recent_count, begun_count)
 
     def _close_idle(self) -> None:
         """Close the connections that are idle, and others once they are. Those that may become stripes stay."""
@@ -211,8 +232,21 @@ class DirectServer:
             )
             connection.start(place)
             self._connections[connection.descriptor] = connection
+            self._begun_count += 1
+        self._note_change()
 
     def _forget(self, connection: DirectConnection) -> None:
         with self._lock:
             self._listener.unwatch(connection.descriptor)
             self._connections.pop(connection.descriptor)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        """Have it told soon that connections have begun or ended: clients that begin get their homes by that."""
+        if not self._is_change_noted:
+            self._is_change_noted = True
+            self._listener.call_soon(partial(self._listener.call_later, _TELL_S, self._tell_load))
+
+    def _tell_load(self) -> None:
+        self._is_change_noted = False
+        WORKERS.tell_load()
