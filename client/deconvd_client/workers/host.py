@@ -222,7 +222,9 @@ class Host:
         if workers is not None:
             workers.note_answer()
         elif self._is_shared(info):
-            if not self._must_ask:  # else whoever makes a call asks, and whoever only looks uses no worker
+            if (
+                not self._must_ask
+            ):  # else whoever makes a call asks, and whoever only looks uses no worker
                 # a direct connection would seem to be that of a client which keeps to the worker that answers here
                 self.entry.gate.is_open = False
                 self._discovery.run(self._find_workers, 0.0)

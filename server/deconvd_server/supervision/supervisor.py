@@ -19,7 +19,7 @@ from deconvd_server.resources.systemd import SystemdNotifier
 from deconvd_server.supervision.home_claims import HomeClaims
 from deconvd_server.supervision.link import Packet
 from deconvd_server.supervision.shared_path import SharedPath
-from deconvd_server.supervision.worker import Worker
+from deconvd_server.supervision.worker import ENDS_OF_DRAIN, Worker
 from deconvd_server.transports.grpc.health import Health
 
 __all__ = ["Supervisor"]
@@ -43,14 +43,6 @@ _KILLED_S: Final = 1.0
 """How long killed processes may take to end."""
 
 _COULD_NOT_START: Final = frozenset({ExitCode.FAILED, ExitCode.WRONG_OPTION})
-
-_SEVERITY: Final = (
-    ExitCode.DRAINED,
-    ExitCode.CUT_SHORT,
-    ExitCode.NEEDS_RESTART,
-    ExitCode.DEVICE_HUNG,
-)
-"""What workers end a drain with; the last of them that one has is the supervisor's."""
 
 _log = logging.getLogger("deconvd_server")
 
@@ -232,4 +224,4 @@ class Supervisor:
             worker.tell(letter)
 
     def _worst_end(self) -> ExitCode:
-        return max((worker.end_of_drain for worker in self._workers), key=_SEVERITY.index)
+        return max((worker.end_of_drain for worker in self._workers), key=ENDS_OF_DRAIN.index)

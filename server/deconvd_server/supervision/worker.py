@@ -24,7 +24,7 @@ from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load
 from deconvd_server.supervision.metrics_channel import MetricsChannel
 from deconvd_server.supervision.orders import WorkerOrders
 
-__all__ = ["Worker", "WorkerState"]
+__all__ = ["ENDS_OF_DRAIN", "Worker", "WorkerState"]
 
 _FIRST_PAUSE_S: Final = 0.2
 """How soon the first process after one that has ended is started; the pause doubles with each that ends soon."""
@@ -37,7 +37,13 @@ _LASTING_S: Final = 60.0
 _SILENT_S: Final = 10.0
 """After that time without a sign of life a worker is not called any more. It says that it is alive once a second."""
 
-_COULD_NOT_START: Final = (ExitCode.FAILED, ExitCode.WRONG_OPTION)
+ENDS_OF_DRAIN: Final = (
+    ExitCode.DRAINED,
+    ExitCode.CUT_SHORT,
+    ExitCode.NEEDS_RESTART,
+    ExitCode.DEVICE_HUNG,
+)
+"""What a drain may come to, the worst last."""
 
 _log = logging.getLogger("deconvd_server")
 
@@ -112,6 +118,7 @@ class Worker:
         self._started_s = 0.0
         self._alive_s = 0.0
         self._owes_table = False
+        self._has_process_served = False
         self._drained_code: int | None = None
 
     def __str__(self) -> str:
@@ -148,12 +155,10 @@ class Worker:
         """What a drain has come to here: DRAINED if there was no process, or it had not served yet."""
         if self.has_process:
             return ExitCode.CUT_SHORT
-        if self._drained_code is None or self._drained_code in _COULD_NOT_START:
+        if self._drained_code is None:
             return ExitCode.DRAINED
-        try:
-            return ExitCode(self._drained_code)
-        except ValueError:  # a signal, or an exit code that is none of ours
-            return ExitCode.CUT_SHORT
+        is_known = self._drained_code in ENDS_OF_DRAIN
+        return ExitCode(self._drained_code) if is_known else ExitCode.CUT_SHORT  # else a signal, say
 
     def start_if_due(self) -> bool:
         """Start a process if there is none, and the pause is over. Return whether one was started."""
@@ -202,6 +207,7 @@ class Worker:
         self.metrics = None if metrics is None else MetricsChannel(metrics)
         self.state = WorkerState.STARTING
         self.restarts_count += 1
+        self._has_process_served = False
         self._alive_s = self._started_s = time.monotonic()
         _log.info("%s: process %d starts", self, self._process.pid)
 
@@ -233,6 +239,7 @@ class Worker:
             self._message.MergeFrom(described)
             if self.state is WorkerState.STARTING:
                 self.state, self.has_served = WorkerState.SERVING, True
+            self._has_process_served = True
         elif letter is Packet.LOAD:
             self.load = parse_load(contents)
         elif letter is Packet.HOME:
@@ -311,7 +318,8 @@ class Worker:
             self.metrics = None
         if is_draining:
             self.state = WorkerState.ENDED
-            self._drained_code = code
+            if self._has_process_served:  # else it had nothing to lose, whatever has ended it
+                self._drained_code = code
             _log.info("%s %s", self, _describe_end(code))
         else:
             self._wait_for_next()
