@@ -158,7 +158,9 @@ class Worker:
         if self._drained_code is None:
             return ExitCode.DRAINED
         is_known = self._drained_code in ENDS_OF_DRAIN
-        return ExitCode(self._drained_code) if is_known else ExitCode.CUT_SHORT  # else a signal, say
+        return (
+            ExitCode(self._drained_code) if is_known else ExitCode.CUT_SHORT
+        )  # else a signal, say
 
     def start_if_due(self) -> bool:
         """Start a process if there is none, and the pause is over. Return whether one was started."""
