@@ -157,10 +157,9 @@ class Worker:
             return ExitCode.CUT_SHORT
         if self._drained_code is None:
             return ExitCode.DRAINED
-        is_known = self._drained_code in ENDS_OF_DRAIN
-        return (
-            ExitCode(self._drained_code) if is_known else ExitCode.CUT_SHORT
-        )  # else a signal, say
+        if self._drained_code in ENDS_OF_DRAIN:
+            return ExitCode(self._drained_code)
+        return ExitCode.CUT_SHORT  # a signal, or an error of its own
 
     def start_if_due(self) -> bool:
         """Start a process if there is none, and the pause is over. Return whether one was started."""
