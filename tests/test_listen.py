@@ -290,7 +290,7 @@ def test_a_server_waits_while_another_of_the_same_user_is_at_the_same_socket(
 def test_a_lock_that_is_never_left_is_said(
     make_server: MakeServer, socket_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deconvd_server.transports.listen._LOCK_S", 1.0)
+    monkeypatch.setattr("deconvd_server.resources.socket_lock._LOCK_S", 1.0)
     other = os.open(socket_directory / ".deconvd.sock.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(other, fcntl.LOCK_EX)
 

@@ -105,6 +105,8 @@ def test_a_rolling_restart_under_load_fails_no_call(fleet: Fleet, F: Connection)
 def test_a_proxy_is_named_as_one() -> None:
     with pytest.raises(InvalidArgumentError, match="target must name a proxy as proxy:///host:por"):
         deconvd_client.connect("proxy:///unix:/run/envoy.sock")
+    with pytest.raises(InvalidArgumentError, match="transport must be auto or grpc behind a proxy"):
+        deconvd_client.connect("proxy:///envoy:1", transport="unix")
     with pytest.raises(InvalidArgumentError, match="target must name a proxy alone"):
         deconvd_client.connect(["proxy:///envoy:1", "proxy:///envoy:2"])
     with pytest.raises(InvalidArgumentError, match="target must be host:port"):

@@ -81,6 +81,11 @@ def test_an_error_is_that_of_the_function(F: Connection) -> None:
         misspelt(F.deconvolution_2d, SMALL_X, W, padding=1).result()
 
 
+def test_what_is_no_function_is_refused_at_once(F: Connection) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"function must be callable.* got ndarray"):
+        F.submit(SMALL_X, W)  # type: ignore[arg-type]  # this is the test
+
+
 def test_every_function_of_the_connection_can_be_submitted(F: Connection) -> None:
     y = F.deconvolution_2d(SMALL_X, W)
     with F.submit(F.put, SMALL_X).result() as x:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any, Final, SupportsFloat, SupportsIndex
 
 import numpy as np
@@ -14,7 +15,7 @@ from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.model.dtypes import BFLOAT16
 from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
 from deconvd_client.transports.route import TransportName
-from deconvd_client.transports.targets import parse_targets
+from deconvd_client.transports.targets import parse_targets, proxy_of
 
 __all__ = [
     "TARGET_VARIABLE",
@@ -111,15 +112,21 @@ def parse_max_concurrent_calls(count: object) -> int:
     return parsed
 
 
-def parse_transport(name: object) -> TransportName:
-    """Return the transport with a name. Raises InvalidArgumentError if there is no such transport."""
+def parse_transport(name: object, targets: Sequence[str]) -> TransportName:
+    """Return the transport with a name. Raises InvalidArgumentError if there is none, or a target needs another."""
     try:
-        return TransportName(name)  # type: ignore[arg-type]  # this is the check
+        transport = TransportName(name)  # type: ignore[arg-type]  # this is the check
     except ValueError:
         raise InvalidArgumentError(
             f"transport must be one of {', '.join(TransportName)}, got {name!r}",
             argument="transport",
         ) from None
+    if any(map(proxy_of, targets)) and transport not in (TransportName.AUTO, TransportName.GRPC):
+        raise InvalidArgumentError(
+            f"transport must be auto or grpc behind a proxy, got {name!r} for {', '.join(targets)}",
+            argument="transport",
+        )
+    return transport
 
 
 def parse_fail_fast(fail_fast: object) -> bool:

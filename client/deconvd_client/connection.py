@@ -12,12 +12,11 @@ from typing import Any, ParamSpec, SupportsIndex, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from deconvd.errors import InvalidArgumentError
 from deconvd.host.malloc import raise_mmap_threshold
 from deconvd.model.dtypes import Array, element_type
 from deconvd.model.problem import check_extents, spec_of
-from deconvd_client.arguments import (
-    TensorLike,
-)
+from deconvd_client.arguments import TensorLike
 from deconvd_client.calls.call_pool import CallPool
 from deconvd_client.calls.ledgers import CallLedger
 from deconvd_client.connect_options import (
@@ -98,7 +97,7 @@ class Connection(Operations):
         self.target: str = ",".join(targets)
         self._timeout_s = timeout_s = parse_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes = parse_max_message_bytes(max_message_bytes)
-        self._transport = parse_transport(transport)
+        self._transport = parse_transport(transport, targets)
         self._fail_fast = parse_fail_fast(fail_fast)
         self._max_concurrent_calls = parse_max_concurrent_calls(max_concurrent_calls)
         secret = parse_tenant_key(tenant_key)
@@ -218,8 +217,14 @@ class Connection(Operations):
             args, kwargs: Its arguments. The arrays must not change before the future is done.
 
         Raises:
+            InvalidArgumentError: ``function`` cannot be called.
             CallCancelledError: The connection is closed.
         """
+        if not callable(function):
+            raise InvalidArgumentError(
+                f"function must be callable, and its arguments follow it, got {type(function).__name__}",
+                argument="function",
+            )
         return self._pool.submit(function, *args, **kwargs)
 
     def server_info(self) -> ServerInfo:

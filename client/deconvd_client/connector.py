@@ -53,7 +53,7 @@ def connect(
               where these can be reached.
 
             Except for ``auto``, calls fail with UnavailableError or ExhaustedError if that transport does not
-            work.
+            work. ``proxy:///`` takes ``auto`` and ``grpc`` alone.
         tenant_key: A secret of up to 64 bytes. Connections with the same key share one quota for the
             tensors that the server keeps. If one has sent a tensor, the others do not send it again. None,
             the default, means the value of DECONVD_TENANT_KEY in the environment. If that is not set, or the

@@ -243,7 +243,11 @@ class AttemptRunner(Generic[_R]):
             return min(refusals, key=lambda error: error.retry_after_s or 0.0)
         if unavailable or not failures:
             members = preference.holders[:1] if preference.is_bound else self._balancer.configured
-            known = [f"{m.identity.decode()}: {m.error}" for m in members if m.error is not None]
-            reasons = known or [str(error) for error in unavailable]
+            names: dict[str, list[str]] = {}  # by reason: lanes of one proxy say all the same
+            for member in members:
+                if member.error is not None:
+                    names.setdefault(str(member.error), []).append(member.identity.decode())
+            known = [f"{', '.join(those)}: {reason}" for reason, those in names.items()]
+            reasons = known or [*dict.fromkeys(map(str, unavailable))]
             return UnavailableError(f"no server takes the call: {'; '.join(reasons)}")
         return failures[0]

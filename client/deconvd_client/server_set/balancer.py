@@ -338,7 +338,7 @@ class Balancer(Generic[_S]):
             return min(candidates, key=lambda member: member._busy_until_s, default=None)
         return self._choose_by_key(preference, ready) or min(
             ready,
-            key=lambda member: (member.expected_wait_s, random.random()),  # noqa: S311
+            key=lambda member: (member.expected_wait_s, random.random()),  # noqa: S311 - no secret
         )
 
     def _choose_by_key(

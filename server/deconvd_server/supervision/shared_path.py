@@ -11,7 +11,8 @@ import os
 from typing import Final
 
 from deconvd_server.resources.socket_file import remove_dead_socket
-from deconvd_server.transports.listen import lock_path, unix_path_to_bind
+from deconvd_server.resources.socket_lock import lock_path
+from deconvd_server.transports.listen import unix_path_to_bind
 
 __all__ = ["SharedPath"]
 
