@@ -97,7 +97,7 @@ UNVERSIONED := accept_loop byte_stream busy_polling direct* drain_stripes early_
     adaptive_backoff admission* blocking budgets buffer_pool cache fair_queue fair_shares lru pace parallel_copy pieces ports quotas \
     resident_registry* retry_times team workload \
     cuda_* \
-    attempt_runner background_loop balancer call_parts several_* worker_clients worker_parts \
+    attempt_runner background_loop balancer call_parts several_* sets_of_hosts worker* home_claims \
     cubins hung_device log_* systemd \
     alerts checks contributing decisions dockerfile monitoring names other_systems readme soak
 

@@ -19,9 +19,11 @@ __all__ = [
     "MemoryPeak",
     "ProcessResources",
     "children_of",
+    "descriptors_count",
     "end_forked_child",
     "exit_code",
     "is_idle",
+    "leaves_no_descriptor",
     "lent_bytes",
     "limit_address_space",
     "memory_bytes",
@@ -167,6 +169,19 @@ def children_of(parent: int) -> list[int]:
             if int(fields[1]) == parent:
                 children.append(int(stat.parent.name))
     return children
+
+
+def descriptors_count() -> int:
+    """Return how many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def leaves_no_descriptor() -> Iterator[None]:
+    """Fail if this process keeps descriptors that the block has opened. Threads of other tests may close theirs."""
+    before = descriptors_count()
+    yield
+    wait_until(lambda: descriptors_count() <= before)
 
 
 def wait_until(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ import pytest
 from deconvd_server.resources import accept_loop as listener_module
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.unix_listener import SideSocket, SocketPurpose
-from tests.processes import wait_until
+from tests.processes import leaves_no_descriptor, wait_until
 
 TIMEOUT_S = 30
 
@@ -218,11 +217,10 @@ def test_a_descriptor_that_its_owner_has_closed_stops_nothing() -> None:
 
 
 def test_what_comes_too_late_for_the_loop_is_done_when_it_is_closed() -> None:
-    before = len(os.listdir("/proc/self/fd"))
     done: list[str] = []
-    with run(Taker(), listening()) as listener:
-        listener.stop()
-        listener.call_soon(lambda: done.append("late"))
-    assert done == ["late"]
-    listener.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    with leaves_no_descriptor():
+        with run(Taker(), listening()) as listener:
+            listener.stop()
+            listener.call_soon(lambda: done.append("late"))
+        assert done == ["late"]
+        listener.close()

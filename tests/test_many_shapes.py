@@ -15,6 +15,10 @@ from deconvd_client import Connection, connect
 from tests.grown_containers import find_containers, find_grown, receive_containers, serve_containers
 from tests.servers import server_process
 
+pytestmark = (
+    pytest.mark.slow
+)  # traced, it takes five times as long to look at all objects of a process
+
 FEW = 64
 SMALL_CACHES = {
     "deconvd.wire.codec:_MAX_CACHED_COUNT": FEW,
@@ -54,7 +58,6 @@ def call_once_each(connections: list[Connection]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_thousands_of_shapes_leave_no_container_that_grows(
     socket_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine.engine import Engine
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits, SharedTensors
 from tests.lenders import LIMITS, memory_listener, start_borrower_process
-from tests.processes import wait_until
+from tests.processes import leaves_no_descriptor, wait_until
 
 BLOCK_BYTES = 2 << 20
 CARD, OTHER_CARD = bytes(range(16)), bytes(range(1, 17))
@@ -237,15 +236,14 @@ def test_memory_stays_while_a_client_that_left_may_have_it_open(
 
 
 def test_a_client_that_gave_all_back_leaves_nothing(lender: Lender, path: Path) -> None:
-    descriptors_count = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        peer = Peer(path)
-        assert (
-            peer.ask(LendingOperation.RETURN, region=peer.borrowed(BLOCK_BYTES)).status
-            is ReplyStatus.DONE
-        )
-        peer.socket.close()
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == descriptors_count)
+    with leaves_no_descriptor():
+        for _ in range(5):
+            peer = Peer(path)
+            assert (
+                peer.ask(LendingOperation.RETURN, region=peer.borrowed(BLOCK_BYTES)).status
+                is ReplyStatus.DONE
+            )
+            peer.socket.close()
 
 
 def test_a_client_that_is_killed_loses_all(lender: Lender, path: Path, engine: FakeEngine) -> None:

@@ -46,6 +46,7 @@ from tests.lenders import (
     start_borrower_process,
     start_lender,
 )
+from tests.processes import leaves_no_descriptor
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
@@ -256,10 +257,10 @@ class TestLife:
         assert lender.lent_bytes == 0
 
     def test_a_closed_lender_has_neither_threads_nor_a_file(self, path: Path) -> None:
-        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        with start_lender(path):
-            assert threading.active_count() > before[0]
-        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+        before = set(threading.enumerate())
+        with leaves_no_descriptor(), start_lender(path):
+            assert set(threading.enumerate()) - before
+        assert set(threading.enumerate()) <= before
         assert os.listdir(path.parent) == []
 
     def test_closing_twice_is_harmless(self, path: Path) -> None:

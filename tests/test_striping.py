@@ -432,7 +432,7 @@ def test_striped_calls_leave_nothing_behind(running: ServerProcess, F: Connectio
     assert not frames
     after = process_resources(os.getpid()), process_resources(running.process.pid)
     for one, other in zip(before, after, strict=True):
-        assert other.descriptors_count == one.descriptors_count
+        assert other.descriptors_count <= one.descriptors_count
         assert other.threads_count <= one.threads_count + 4  # some end a moment before others begin
 
 
