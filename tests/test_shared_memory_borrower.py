@@ -333,7 +333,7 @@ class TestLife:
             borrower.close()
             assert lender.wait_until_unused(TIMEOUT_S)
 
-        borrow()  # the lender keeps one thing for the next client
+        borrow()  # the lender opens what it watches clients' files with, and keeps it
         with leaves_no_descriptor():
             for _ in range(20):
                 borrow()
