@@ -219,16 +219,7 @@ def running_clients(targets: Sequence[tuple[str, str]]) -> Iterator[list[ClientP
     with ExitStack() as stack:
         clients: list[ClientProcess] = []
         for target, transport in targets:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CLIENT, target, transport],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.communicate)
-            stack.callback(process.send_signal, signal.SIGKILL)
-            clients.append(ClientProcess(process))
+            clients.append(ClientProcess(_start(stack, _CLIENT, target, transport)))
         for client in clients:
             assert client.process.stdout is not None
             line = client.process.stdout.readline()
@@ -276,19 +267,21 @@ class ClientProcesses:
 def running_client_processes(target: str, count: int) -> Iterator[ClientProcesses]:
     """Run processes with clients, none of which has begun yet, for the block."""
     with ExitStack() as stack:
-        processes: list[subprocess.Popen[str]] = []
-        for _ in range(count):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CLIENTS, target],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.communicate)
-            stack.callback(process.send_signal, signal.SIGKILL)
-            processes.append(process)
-        yield ClientProcesses(processes)
+        yield ClientProcesses([_start(stack, _CLIENTS, target) for _ in range(count)])
+
+
+def _start(stack: ExitStack, program: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a Python program that takes orders and answers, which is killed at the end of the stack."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stack.callback(process.communicate)
+    stack.callback(process.send_signal, signal.SIGKILL)
+    return process
 
 
 def homes_of_children(target: str, count: int) -> list[str]:
