@@ -268,6 +268,17 @@ def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path
     assert set(outcomes) <= {"OK", "UNAVAILABLE"}, outcomes
 
 
+_HANGING = """
+import time
+from deconvd_server.transports.grpc.handlers import GrpcService
+
+def expire_and_hang(self, call_later):
+    expire(self, call_later)
+    call_later(1.0, lambda: time.sleep(3600))
+
+expire, GrpcService.expire = GrpcService.expire, expire_and_hang
+"""
+
 _LOSING_SERVER = """
 import deconvd_server.transports.grpc.server as grpc_server
 from deconvd_server.__main__ import main
@@ -278,6 +289,14 @@ def lose(self):
 grpc_server.GrpcServer._run_due_timers = lose  # about a second after its start
 main()
 """
+
+
+def test_a_thread_of_gRPC_that_hangs_ends_a_server_that_nobody_watches(tmp_path: Path) -> None:
+    limits = {"deconvd_server.shutdown:_BLOCKED_S": 1.5, "deconvd_server.shutdown:_LOST_S": 3.0}
+    with server_process(tmp_path, prelude=_HANGING, constants=limits) as server:
+        assert server.process.wait(60) == ExitCode.NEEDS_RESTART
+
+        assert "must be restarted: gRPC's thread has not run for 3 s" in server.log.read_text()
 
 
 def test_a_lost_thread_of_gRPC_ends_the_process_with_a_code_of_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,45 @@ PATIENT = {
     "deconvd_server.supervision.home_claims:_CLAIM_S": 60.0,
     "deconvd_server.transports.direct.server:_RECENT_S": 60.0,
 }
+
+
+_FORKED_EARLY = """
+import os, sys, threading, traceback
+import numpy as np
+import deconvd_client
+from deconvd_client.workers.worker_set import WorkerSet
+from tests.processes import wait_until
+
+parent, is_looking, begin = os.getpid(), threading.Event(), WorkerSet.begin
+
+def begin_for_ever(self, info):
+    if os.getpid() == parent:
+        is_looking.set()
+        threading.Event().wait()
+    begin(self, info)
+
+WorkerSet.begin = begin_for_ever
+x, W = np.ones((2, 8, 16, 16), np.float32), np.ones((8, 4, 4, 4), np.float32)
+F = deconvd_client.connect(sys.argv[1])
+F.deconvolution_2d(x, W)
+assert is_looking.wait(60)
+
+def uses_workers():
+    F.deconvolution_2d(x, W)
+    return isinstance(F._server._way, WorkerSet)
+
+child = os.fork()
+if not child:
+    code = 1
+    try:
+        wait_until(uses_workers)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+os._exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +106,18 @@ def test_processes_that_are_forked_in_one_moment_are_balanced(host: WorkerHost) 
     found = counts(homes_of_children(host.server.target, 7))
 
     assert found == [2, 2, 2, 2]
+
+
+def test_a_process_that_is_forked_while_workers_are_looked_for_finds_them(host: WorkerHost) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _FORKED_EARLY, host.server.target],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_where_the_server_names_no_home_clients_find_their_balance(tmp_path: Path) -> None:

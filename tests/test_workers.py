@@ -54,13 +54,20 @@ if orders.get("name") == "1":
 """
 
 _IS_BLOCKED_LATER = """
-import json, os, time
+import json, os, threading, time
+from deconvd_server.resources.worker_table import WORKERS
 from deconvd_server.transports.grpc.handlers import GrpcService
+
+def tell_on():  # as direct connections have it that begin and end
+    while True:
+        WORKERS.tell_load()
+        time.sleep(0.2)
 
 def expire_and_hang(self, call_later):
     expire(self, call_later)
     if orders.get("name") == "0" and not os.path.exists("{0}"):
         open("{0}", "x").close()
+        threading.Thread(target=tell_on, daemon=True).start()
         call_later(1.0, lambda: time.sleep(3600))
 
 orders = json.loads(os.environ.get("_DECONVD_WORKER", "{{}}"))

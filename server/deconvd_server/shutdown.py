@@ -42,6 +42,9 @@ _LOOK_PERIOD_S: Final = 1.0
 _BLOCKED_S: Final = 5.0
 """After that time a thread that all calls need, and that has not run, hangs: what it does takes milliseconds."""
 
+_LOST_S: Final = 60.0
+"""After that time it is lost, and the process ends. A supervisor, or systemd's watchdog, has killed it long before."""
+
 _RETRY_AFTER_S: Final = 2.0
 """When callers of a device that hangs should try again: a supervisor takes about that long to start the next server."""
 
@@ -148,7 +151,9 @@ def _next_reason(
         was_blocked, blocked = blocked, daemon.blocked_loop(_BLOCKED_S)
         if blocked is None or blocked != was_blocked:  # or the process was stopped as a whole
             notifier.notify_alive()
-        else:  # who watches ends the process: a thread that hangs cannot be ended
+        else:  # a thread that hangs cannot be ended: whoever watches ends the process, or at last this one does
+            if daemon.blocked_loop(_LOST_S) is not None:
+                return ServingLostError(f"{blocked} has not run for {_LOST_S:g} s")
             key = {REPEAT_KEY: (__name__, blocked)}
             _log.error("%s has not run for %g s", blocked, _BLOCKED_S, extra=key)
         if (device := daemon.hung_device(device_timeout_s)) is not None:

@@ -101,14 +101,18 @@ class SpreadResidents(Generic[_R]):
                     return False
         return True
 
-    def gather(self, call: Call, server: _R) -> Call:
-        """Return a call with the elements of those operands that only another server has."""
+    def gather(self, call: Call, server: _R, deadline: Deadline) -> Call:
+        """Return a call with the elements of those operands that only another server has.
+
+        Raises:
+            DeconvdError: That server has not sent them by the deadline, or has lost them.
+        """
         operands = dict(call.operands)
         for field, operand in call.operands.items():
             if isinstance(operand, Resident) and operand.source is None:
                 holder = self._holder_of(operand)
                 if holder is not None and holder.server is not server:
-                    operands[field] = self.get(operand)
+                    operands[field] = self.get(operand, deadline)
         return replace(call, operands=operands)
 
     def _preference_for(self, residents: Sequence[Resident]) -> Preference[_R] | None:

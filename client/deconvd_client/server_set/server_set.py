@@ -209,7 +209,7 @@ class ServerSet:
         if not _has_residents(call):
             return self._run_with_key(method, call, Preference(key), deadline)
         return self._runner.run(
-            lambda server, limit: method(server, self.residents.gather(call, server), limit),
+            lambda server, limit: method(server, self.residents.gather(call, server, limit), limit),
             lambda: self.residents.preference_for(call) or Preference(key),
             call_size_bytes(call),
             deadline,

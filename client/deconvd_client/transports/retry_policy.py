@@ -40,6 +40,9 @@ _MOST_TOLD_SPREAD_S: Final = 1.0
 _FIRST_CONTACT_TIMEOUT_S: Final = 5.0
 """How long calls wait for a server that has never answered: more likely there is none than that it is starting."""
 
+_ELSEWHERE_S: Final = 0.2
+"""When to come back to a server for what one of its workers alone has, which cannot be reached."""
+
 _MIN_RETRY_S: Final = 0.02
 """If less time is left than this, a call is not tried again."""
 
@@ -213,7 +216,7 @@ class RetriedElsewhere(NoRetries):
         except UnavailableError as error:
             if error.was_reached or not self._serves():
                 raise
-            raise UnavailableError(str(error), retry_after_s=0.0) from None
+            raise UnavailableError(str(error), retry_after_s=_ELSEWHERE_S) from None
 
 
 class SingleRound(RetryPolicy):

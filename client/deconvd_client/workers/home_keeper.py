@@ -111,6 +111,8 @@ class HomeKeeper:
         if self.is_dormant and not self.order:
             self._vain_count = 0
             self.note_change()
+            if self._is_child:
+                self._child_task.run(self._find_home_of_child, 0.0)
 
     def note_change(self) -> None:
         """Have a home chosen soon: a worker has failed, or is back."""
@@ -227,7 +229,7 @@ class HomeKeeper:
         if home is None or home.state is not MemberState.SERVING:
             joined = filter(None, map(self._membership.join, names))
             self._settle(next(joined, None), loads)
-        elif may_move and home.identity.decode() in loads:
+        elif may_move:
             self._move_if_better(home, loads)
         for name in names:
             self._membership.join(name)
@@ -266,6 +268,8 @@ class HomeKeeper:
 
     def _move_if_better(self, home: Member[Server], loads: dict[str, int]) -> None:
         home_name = home.identity.decode()
+        if home_name not in loads:
+            return  # it has just ended: another home is found by whoever notices that
         name = better_home(home_name, loads, self._devices())
         member = None if name is None else self._membership.join(name)
         if name is None or member is None:

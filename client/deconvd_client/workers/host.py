@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from deconvd.errors import DeconvdError
-from deconvd.host.forks import new_lock
+from deconvd.host.forks import new_lock, register_fork_reset
 from deconvd.model.dtypes import Array, DType
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_options import unix_path
@@ -111,6 +111,13 @@ class Host:
         self._workers: WorkerSet | None = None
         self._way: Server | WorkerSet = self.entry
         self._is_closed = False
+        register_fork_reset(self)
+
+    def reset_after_fork(self) -> None:
+        """Begin anew in a forked child what was not settled: the thread that looked for workers is not there."""
+        if not self._is_settled:
+            self._info = self._workers = None
+            self.entry.gate.is_open = True
 
     @property
     def residents(self) -> Host:
@@ -241,11 +248,13 @@ class Host:
         workers = None if info is None or not self._is_shared(info) else self._open_workers()
         if info is None or workers is None:
             return  # not known yet, or `_note_info` has settled it
-        workers.begin(info)
-        if workers.has_home:
-            self.entry.release_idle()
-        self._take_way()
-        self._is_settled = True
+        try:
+            workers.begin(info)
+            if workers.has_home:
+                self.entry.release_idle()
+        finally:
+            self._take_way()
+            self._is_settled = True
 
     def _open_workers(self) -> WorkerSet | None:
         """Return the set of workers, still empty; None if this is closed, or there is one already."""

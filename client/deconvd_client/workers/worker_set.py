@@ -363,7 +363,7 @@ class WorkerSet:
     ) -> Search[Server, _T] | None:
         """Return a search for another server that makes a call which has failed at one; None if the error is final."""
         search = Search(
-            lambda server, limit: method(server, self.residents.gather(call, server), limit),
+            lambda server, limit: method(server, self.residents.gather(call, server, limit), limit),
             lambda: self.residents.preference_for(call) or Preference(),
             call_size_bytes(call),
             deadline,
@@ -395,7 +395,7 @@ class WorkerSet:
     ) -> _T:
         """Make a call at the worker that has its residents, or else by another preference; elsewhere if that fails."""
         return self._bound_runner.run(
-            lambda server, limit: method(server, self.residents.gather(call, server), limit),
+            lambda server, limit: method(server, self.residents.gather(call, server, limit), limit),
             lambda: self.residents.preference_for(call) or preference_without_residents(call),
             call_size_bytes(call),
             deadline,

@@ -135,8 +135,8 @@ def _may_take(size: int, peer: str, taken: Mapping[str, int], free: int) -> bool
     """Return whether a peer may take more of what waiting calls share, which are places or bytes.
 
     A peer that has none may take all that is free. Another may take more as long as there is then, for each peer that
-    has some, as much free as this one has. So n peers that take what they can, and give nothing back, leave one part
-    in n + 1; one peer alone may have half.
+    has some, as much free as this one has. So n peers that take what they can, and give nothing back, leave at least
+    one part in n + 1; one peer alone may have half.
 
     Args:
         taken: What each peer has, without those that have none.

@@ -37,7 +37,7 @@ SLICES_IN_FLIGHT: Final = 2
 """How many slices of a stream are computed at once: one, and the next as soon as it has arrived."""
 
 _CACHED_REQUESTS_COUNT: Final = 2048
-"""Parsed requests that are cached: a few KiB each."""
+"""How many parsed requests each cache here has: a few KiB each."""
 
 _LARGEST_CACHED_BYTES: Final = 1024
 """More than an honest request takes without its elements. A longer one is parsed each time, so that no client can fill

@@ -3,7 +3,7 @@
 | from | letter | contents |
 |---|---|---|
 | worker | R, it serves | its entry in the table: a `Worker` message |
-| worker | A, its main thread is alive | its entry in the table, as of now |
+| worker | A, its threads that all calls need run | its entry in the table, as of now |
 | worker | L, what its direct connections are | a `ConnectionLoad`, as two numbers of 8 bytes |
 | worker | H, a client needs a home | anything that tells the request from others |
 | worker | S, it is about to end | |
@@ -124,7 +124,7 @@ class LinkNotifier:
         self._send(Packet.STOPPING)
 
     def notify_alive(self) -> None:
-        """Tell that its main thread is alive. The supervisor wants to know, whether or not systemd does."""
+        """Tell that the threads run that all calls need. The supervisor wants to know, whether or not systemd does."""
         self.tell_load()
         self._send(Packet.ALIVE, self._describe().SerializeToString())
 

@@ -230,7 +230,11 @@ class Worker:
 
     def _take(self, letter: Packet, contents: bytes) -> bool:
         was_serving, was_active_count = self.is_serving, self._message.active_connections_count
-        self._alive_s = time.monotonic()
+        if letter not in (
+            Packet.LOAD,
+            Packet.HOME,
+        ):  # which other threads send than those that may hang
+            self._alive_s = time.monotonic()
         if letter in (Packet.READY, Packet.ALIVE):
             described = pb.Worker.FromString(contents)
             self._message.active_connections_count = described.active_connections_count
