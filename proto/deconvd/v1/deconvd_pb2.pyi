@@ -1393,8 +1393,8 @@ class GetServerInfoRequest(_message.Message):
     """
     wants_home: _builtins.bool
     """Whether the caller is about to keep to one of `GetServerInfoResponse.workers`, and wants to know to which. It SHOULD then
-    open a direct connection to that one within seconds: until then the server counts it there. A caller that only looks MUST
-    NOT set this.
+    open a direct connection to that one within seconds, if it uses any: until then the server counts it there, for ten seconds
+    at most. A caller that only looks MUST NOT set this.
     """
     def __init__(
         self,
