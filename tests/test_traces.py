@@ -487,7 +487,7 @@ def test_a_collector_that_hangs_does_not_keep_the_server(
             "OTEL_METRICS_EXPORTER": "none",
             "OTEL_LOGS_EXPORTER": "none",
         }
-        options = ("--drain-timeout-s", "0")
+        options = ("--drain-timeout-s", "10")
         with server_process(
             tmp_path, *options, within=Instrumented(), environment=environment
         ) as server:

@@ -114,8 +114,12 @@ class Host:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Begin anew in a forked child what was not settled: the thread that looked for workers is not there."""
-        if not self._is_settled:
+        """Settle in a forked child what was not settled: the thread that looked for workers is not there."""
+        workers = self._workers
+        if workers is not None and workers.has_home:
+            self._take_way()
+            self._is_settled = True
+        elif not self._is_settled:
             self._info = self._workers = None
             self.entry.gate.is_open = True
 
