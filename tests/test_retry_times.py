@@ -313,7 +313,7 @@ def test_a_try_alone_is_tried_once(clock: Clock) -> None:
     ("error", "serves", "told_s"),
     [
         pytest.param(AWAY, False, None, id="all of its workers are away"),
-        pytest.param(AWAY, True, 0.0, id="one is away"),
+        pytest.param(AWAY, True, 0.2, id="one is away"),
         pytest.param(UnavailableError("full", retry_after_s=3.0), False, 3.0, id="it is full"),
         pytest.param(UnavailableError("full", retry_after_s=3.0), True, 3.0, id="one is full"),
     ],

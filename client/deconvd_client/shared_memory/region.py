@@ -165,6 +165,7 @@ class BorrowedRegion(ABC):
             if is_like and self._references.get(offset) is reference:
                 del dead[index]
                 block = BorrowedBlock(self, offset, size_bytes, dead.append)
+                block.reference.field = field
                 self._references[offset] = block.reference
                 return block
         return None
