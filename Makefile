@@ -88,9 +88,9 @@ soak: .venv/installed-dev ## Run honest and hostile clients against a server tha
 
 # What no version of a package changes, since other tests call the same functions of packages: direct connections, their TLS
 # and shared memory, which are sockets, Python's ssl and memory of our own below numpy and gRPC; what the system sets bounds to;
-# modules that decide or copy, and do no I/O; the card's and its compiler's, whose libraries are called by ctypes; several servers or processes, each of which is
-# one; what a process says to its log and to systemd, and how it ends; and what the checks say of this checkout's own files.
-# other_systems runs again what runs here.
+# modules that decide or copy, and do no I/O; the card's and its compiler's, whose libraries are called by ctypes; several servers
+# or processes, each of which is one; what a process says to its log and to systemd, and how it ends; and what the checks say of
+# this checkout's own files. other_systems runs again what runs here.
 UNVERSIONED := accept_loop byte_stream busy_polling direct* drain_stripes early_calls shared_borrowers shared_lines \
     shared_memory_* stalled_stripes stripe_faults striped_* striping* write_progress \
     bad_lines long_links sockets resident_memory small_machine descriptors fairness \
