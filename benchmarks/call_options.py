@@ -11,7 +11,14 @@ import numpy as np
 from benchmarks.layers import LAYERS, Layer
 from deconvd.model.dtypes import DType
 
-__all__ = ["clients_option", "layer_option", "time_option", "type_option", "warm_up_option"]
+__all__ = [
+    "clients_option",
+    "layer_option",
+    "processes_option",
+    "time_option",
+    "type_option",
+    "warm_up_option",
+]
 
 _Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -63,6 +70,17 @@ time_option = click.option(
     show_default=True,
     help="How long the calls of a row count.",
 )
+
+
+def processes_option(default: int) -> _Decorator:
+    """Return the option ``--processes``, as of deconvd-server."""
+    return click.option(
+        "--processes",
+        type=click.IntRange(min=0),
+        default=default,
+        show_default=True,
+        help="As of deconvd-server: for each card; 0 for one for all cards.",
+    )
 
 
 def warm_up_option(default_s: float) -> _Decorator:

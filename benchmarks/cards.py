@@ -28,6 +28,7 @@ from benchmarks.bare_cards import bare_cards, bare_transfers
 from benchmarks.call_options import (
     clients_option,
     layer_option,
+    processes_option,
     time_option,
     type_option,
     warm_up_option,
@@ -60,13 +61,7 @@ _START_POLL_S = 0.1
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option(
-    "--processes",
-    type=click.IntRange(min=0),
-    default=1,
-    show_default=True,
-    help="As of deconvd-server: for each card; 0 for one for all cards.",
-)
+@processes_option(1)
 @click.option(
     "--cards",
     "cards_counts",

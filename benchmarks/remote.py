@@ -21,6 +21,7 @@ import deconvd_client
 from benchmarks.call_options import (
     clients_option,
     layer_option,
+    processes_option,
     time_option,
     type_option,
     warm_up_option,
@@ -62,6 +63,7 @@ _TIMEOUT_S = 300.0
     help="Calls of each client before, at most.",
 )
 @warm_up_option(1.5)
+@processes_option(0)
 def main(
     device: str,
     json_file: Path | None,
@@ -72,17 +74,19 @@ def main(
     time_s: float,
     warm_up_calls: int,
     warm_up_s: float,
+    processes: int,
 ) -> None:
     """Time calls over TCP, and by other ways, as parts of what a bare program reaches over TCP."""
     about = {
         "card": card_name(device),
         "host": host(),
         "commit": commit(),
+        "processes": processes,
     }
     file = RowsFile(json_file, about)
     durations = Durations(warm_up_calls, warm_up_s, time_s)
     with ExitStack() as stack:
-        addresses = _start_servers(stack, device, paths)
+        addresses = _start_servers(stack, device, paths, processes)
         clients = stack.enter_context(start_client_processes(clients_counts))
         for layer in layers:
             for dtype in dtypes:
@@ -92,11 +96,14 @@ def main(
                         print(file.add(row), flush=True)
 
 
-def _start_servers(stack: ExitStack, device: str, paths: Sequence[str]) -> Mapping[str, str]:
+def _start_servers(
+    stack: ExitStack, device: str, paths: Sequence[str], processes: int
+) -> Mapping[str, str]:
     """Start what the paths need, one server or two. Return their addresses by path, in the order of measuring."""
     ours = bare = ""
     if not _BARE_CONNECTIONS.keys() >= set(paths):
-        ours = stack.enter_context(local_server(device, address="127.0.0.1:0"))
+        options = ("--processes", str(processes))
+        ours = stack.enter_context(local_server(device, *options, address="127.0.0.1:0"))
     if not _BARE_CONNECTIONS.keys().isdisjoint(paths):
         bare = stack.enter_context(bare_server())
     return {path: bare if path in _BARE_CONNECTIONS else ours for path in _PATHS if path in paths}

@@ -77,7 +77,7 @@ class RowsFile:
         click.UsageError: The file has rows of something else.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, str | None]) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
         self._path = path
         self._about = dict(about)
         self.rows: Sequence[RemoteRow] = [RemoteRow(**row) for row in load_rows(path, about)]

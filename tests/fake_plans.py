@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from deconvd_server.device.cuda.plan import Product
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.later_searches import LaterSearches
 from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
@@ -28,6 +29,7 @@ __all__ = [
     "FakeBuildThreads",
     "FakeCandidates",
     "FakePlan",
+    "idle_searches",
     "key_of",
     "open_plan_timer",
     "plan_cache_of",
@@ -56,11 +58,15 @@ class FakeCandidates:
     def __init__(self, *plans: FakePlan) -> None:
         self.plans = plans
         self.contending: tuple[FakePlan, ...] = ()
+        self.standing_in: FakePlan | None = None
         self.closed: list[str] = []
         self.damaged = False
 
     def contenders(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.contending)
+
+    def stand_in(self, key: PlanKey) -> tuple[FakePlan, float] | None:
+        return None if self.standing_in is None else (self.standing_in, self.standing_in.ms)
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.plans)
@@ -135,5 +141,17 @@ def plan_cache_of(
 ) -> PlanCache:
     builders: Any = FakeBuildThreads(card_lost=card_lost)
     return PlanCache(
-        candidates, tuner_of(candidates), builders, limit_bytes=limit_bytes, store=store
+        candidates,
+        tuner_of(candidates),
+        builders,
+        idle_searches(),
+        limit_bytes=limit_bytes,
+        store=store,
     )
+
+
+def idle_searches(
+    count_calls: Callable[[], int] = lambda: 0, is_idle: Callable[[], bool] = lambda: True
+) -> LaterSearches:
+    """Return the later searches of a card that is idle, or as busy as one says."""
+    return LaterSearches("later", count_calls, is_idle, nullcontext)

@@ -48,12 +48,17 @@ def start_lender(
     limits: LoanLimits = LIMITS,
     *,
     on_map: Callable[[int, int], Callable[[], None]] | None = None,
+    spare_bytes: int = 0,
     users: frozenset[int] | None = None,
     access: Access | None = None,
 ) -> Iterator[Lender]:
     """Run a lender for the block, and see that it leaves nothing behind."""
     lender = Lender(
-        [memory_listener(path, access)], limits, on_map=on_map or MappingRecorder(), users=users
+        [memory_listener(path, access)],
+        limits,
+        on_map=on_map or MappingRecorder(),
+        spare_bytes=spare_bytes,
+        users=users,
     )
     try:
         yield lender

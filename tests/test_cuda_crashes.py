@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +144,7 @@ def test_a_caller_that_tries_again_gets_its_result_from_the_next_server(
         F.using_config("use_cudnn", "always"),
     ):
         with crashing_server(tmp_path, place, number) as (server, _):
-            call = caller.submit(F.deconvolution_2d, x, W)
+            call = caller.submit(copy_context().run, F.deconvolution_2d, x, W)
             assert server.wait(_END_TIMEOUT_S) == -number
 
         with crashing_server(tmp_path, place, number) as (server, log):
@@ -161,4 +163,29 @@ def test_a_caller_that_tries_again_gets_its_result_from_the_next_server(
 
         with crashing_server(tmp_path, place, number) as (server, _):
             assert_right(F.deconvolution_2d(x, W), x, W)
+            assert server.poll() is None
+
+
+def test_a_crash_in_a_search_that_no_call_waits_for_costs_a_retry_and_is_not_repeated(
+    tmp_path: Path,
+) -> None:
+    x, W = operands(5)
+    target = f"unix:{tmp_path}/deconvd.sock"
+
+    def call_until(ends: Callable[[], bool]) -> None:
+        while not ends():
+            assert_right(F.deconvolution_2d(x, W), x, W)
+
+    with ThreadPoolExecutor(1) as caller, deconvd_client.connect(target, timeout_s=100) as F:
+        may_end = threading.Event()
+        with crashing_server(tmp_path, "heuristics", signal.SIGFPE) as (server, _):
+            calls = caller.submit(call_until, may_end.is_set)
+            assert server.wait(_END_TIMEOUT_S) == -signal.SIGFPE
+
+        with crashing_server(tmp_path, "heuristics", signal.SIGFPE) as (server, log):
+            may_end.set()
+            calls.result(_END_TIMEOUT_S)
+            call_until(lambda: bool(choices(log, 5)))
+            assert "without cuDNN" in log.read_text()
+            assert not any(choice.startswith("cudnn") for choice in choices(log, 5))
             assert server.poll() is None

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 
 CALLS = """
 import sys
+from itertools import product
 import numpy as np
 from deconvd.model.geometry import Geometry
 from deconvd.model.options import Options, UseCudnn
@@ -36,8 +37,8 @@ for dtype in ("float32", "float16"):
     x = np.ones((2, 64, 20, 24), dtype)
     W = np.ones((64, 32, *map(int, sys.argv[1:3])), dtype)
     problem = Problem(spec_of(x), spec_of(W), Geometry(tuple(map(int, sys.argv[3:5])), (1, 1)))
-    for use_cudnn in (UseCudnn.AUTO, UseCudnn.NEVER):
-        options = Options(use_cudnn=use_cudnn)
+    for use_cudnn, is_steady in product(UseCudnn, (False, True)):
+        options = Options(use_cudnn=use_cudnn, cudnn_deterministic=is_steady)
         y = deconvolve(card, problem, x, W, None, options, CallContext())
         gradients(card, problem, x, W, y, GradientRequest(), options, CallContext())
 card.close()

@@ -132,3 +132,19 @@ def test_regions_are_aligned_and_do_not_overlap() -> None:
     assert all(part.offset % ALIGNMENT_BYTES == 0 for part in parts)
     assert all(end <= part.offset for end, part in zip(ends, parts[1:], strict=False))
     assert ends[-1] <= regions.total_bytes
+
+
+def test_a_call_waits_for_the_memory_of_a_search_and_for_no_other() -> None:
+    memory = memory_of(Card(100).allocate)
+    search = memory.lease_for_search(60)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(memory.lease, 50)
+        with pytest.raises(ExhaustedError, match=r"60 bytes .* are needed, 40 of 100 are free"):
+            memory.lease_for_search(60)
+        assert not waiting.done()
+        search.free()
+        call = waiting.result(60)
+    with pytest.raises(ExhaustedError, match="50 of 100 are free"):
+        memory.lease(60)
+    call.free()
+    assert memory.stats.used_bytes == 0

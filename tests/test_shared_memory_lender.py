@@ -46,7 +46,7 @@ from tests.lenders import (
     start_borrower_process,
     start_lender,
 )
-from tests.processes import leaves_no_descriptor
+from tests.processes import leaves_no_descriptor, wait_until
 from tests.servers import ServerProcess, server_process
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
@@ -256,9 +256,47 @@ class TestLife:
         assert watch.mapped == {}
         assert lender.lent_bytes == 0
 
+    def test_a_region_is_kept_ready_for_the_next_client(self, path: Path, connect: Connect) -> None:
+        watch = MappingRecorder()
+        with start_lender(path, on_map=watch, spare_bytes=MIB) as lender:
+            wait_until(lambda: [*watch.mapped.values()] == [MIB])
+            (address,) = watch.mapped
+            assert lender.lent_bytes == 0
+
+            region = connect().borrow(MIB)
+            with used(lender, region) as array:
+                assert not np.any(array)
+                assert array.ctypes.data == address
+            wait_until(lambda: [*watch.mapped.values()] == [MIB, MIB])
+            assert lender.lent_bytes == MIB
+
+            connect().borrow(2 * MIB)
+            wait_until(lambda: [*watch.mapped.values()] == [MIB, MIB, 2 * MIB])
+            assert lender.lent_bytes == 3 * MIB
+        assert watch.mapped == {}
+
+    def test_where_none_can_be_kept_ready_a_client_gets_its_own(
+        self, path: Path, connect: Connect
+    ) -> None:
+        watch = MappingRecorder()
+        asked: list[int] = []
+
+        def map_at_last(address: int, size_bytes: int) -> Callable[[], None]:
+            asked.append(size_bytes)
+            if len(asked) < 3:
+                raise MemoryError("the card registers no more")
+            return watch(address, size_bytes)
+
+        with start_lender(path, on_map=map_at_last, spare_bytes=MIB):
+            wait_until(lambda: len(asked) == 1)
+            assert connect().lend(MIB).status is ReplyStatus.FAILED
+            wait_until(lambda: len(asked) == 3)  # asked for again after each request
+            connect().borrow(MIB)
+            wait_until(lambda: len(asked) == 4)
+
     def test_a_closed_lender_has_neither_threads_nor_a_file(self, path: Path) -> None:
         before = set(threading.enumerate())
-        with leaves_no_descriptor(), start_lender(path):
+        with leaves_no_descriptor(), start_lender(path, spare_bytes=MIB):
             assert set(threading.enumerate()) - before
         assert set(threading.enumerate()) <= before
         assert os.listdir(path.parent) == []

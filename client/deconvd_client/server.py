@@ -309,4 +309,4 @@ def _open_stub(
 
 def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:
     """Return the path of the socket where the server lends memory; empty if it lends none on this host."""
-    return find_memory_socket(stub.get_server_info(deadline), unix_path(stub.target), owners)
+    return find_memory_socket(stub.recent_server_info(deadline), unix_path(stub.target), owners)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.errors import DeconvdError
+from deconvd.lending.protocol import FIRST_REGION_BYTES
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.server_counts import MemoryUse, ServerCounts
 from deconvd_server.call.counts import CallCounts
@@ -52,6 +53,9 @@ Half of them may be of one peer: enough for 64 threads of a client. If they are 
 
 _WAITING_STREAMS_COUNT: Final = 16
 """How many streams may wait: as many as run, so that a stream waits for one other on average."""
+
+_SPARE_PART: Final = 16
+"""Memory is kept ready for a client if it is at most one part in this many of all that may be lent."""
 
 _POOLS_COUNT: Final = 4
 """How many pools there are of those that `Budgets.pool_bytes` is for."""
@@ -358,11 +362,19 @@ def _make_lender(
         sides,
         LoanLimits(limit_bytes, limit_bytes // 2),
         on_map=engines.register,
+        spare_bytes=_spare_bytes(engines, limit_bytes),
         users={0, os.geteuid(), *settings.shared_memory_users},
         card_lender=_make_card_lender(engines),
         instance=instance,
         on_lost=on_lost,
     )
+
+
+def _spare_bytes(engines: Engines, limit_bytes: int) -> int:
+    """Return how much memory is kept ready for the next client: none without a card, which takes long to map it."""
+    has_card = any(engine.info.card for engine in engines.all)
+    is_little = limit_bytes // _SPARE_PART >= FIRST_REGION_BYTES
+    return FIRST_REGION_BYTES if has_card and is_little else 0
 
 
 def _make_card_lender(engines: Engines) -> CardLender | None:

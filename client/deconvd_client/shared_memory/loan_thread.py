@@ -19,6 +19,7 @@ from deconvd.errors import (
     ExhaustedError,
     UnavailableError,
 )
+from deconvd.lending.protocol import FIRST_REGION_BYTES
 from deconvd_client.calls.cancel_scope import abort_on_cancel
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import run_in_background
@@ -40,9 +41,6 @@ from deconvd_client.transports.backoff import Backoff
 from deconvd_client.transports.retry_policy import PinnedTransportError
 
 __all__ = ["LenderState", "LoanClient", "LoanRequest"]
-
-_FIRST_REGION_BYTES: Final = 64 << 20
-"""Size of the first region. A region is larger if the block that it is borrowed for needs it."""
 
 _MAX_GROWTH_BYTES: Final = 1 << 30
 """Each further region is as large as all others together, but no larger than this."""
@@ -333,7 +331,7 @@ class LoanClient:
         with self._lock:
             self._pool.recover()
             request.block = self._pool.allocate(request.size_bytes)
-            step_bytes = min(max(self._pool.open_bytes, _FIRST_REGION_BYTES), _MAX_GROWTH_BYTES)
+            step_bytes = min(max(self._pool.open_bytes, FIRST_REGION_BYTES), _MAX_GROWTH_BYTES)
         if request.block is not None or self._borrow_region(
             link, request, max(needed_bytes, step_bytes)
         ):

@@ -40,8 +40,11 @@ _T = TypeVar("_T")
 _SERVER_INFO_TIMEOUT_S: Final = 5.0
 """How long a server may take to say where it accepts direct connections: until then calls go by gRPC."""
 
-_FEATURES_AGE_S: Final = 1.0
-"""How old the names of a server's features may be. No server is replaced by another one in less time."""
+_INFO_AGE_S: Final = 1.0
+"""How old what a server has told of itself may be. No server is replaced by another one in less time."""
+
+_NO_INFO: Final[tuple[pb.GetServerInfoResponse | None, float]] = (None, -math.inf)
+"""What a server that has told nothing has told of itself, and when."""
 
 
 class Stub:
@@ -77,8 +80,7 @@ class Stub:
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self._takes_packed: bool | None = None  # None until the server has said it
-        self._features: frozenset[str] = frozenset()
-        self._features_end_s = -math.inf  # when they are too old
+        self._last_info = _NO_INFO
         self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
@@ -172,6 +174,7 @@ class Stub:
     def forget_features(self) -> None:
         """Have the server asked again what it takes: another one may have come in its place."""
         self._takes_packed = None
+        self._last_info = _NO_INFO
 
     def require_feature(self, name: str, remedy: str, deadline: Deadline) -> None:
         """Raise an error if the server lacks a feature.
@@ -187,9 +190,7 @@ class Stub:
 
     def has_feature(self, name: str, deadline: Deadline) -> bool:
         """Return whether the server has a feature. It is asked for its features, unless it has just named them."""
-        if time.monotonic() > self._features_end_s:
-            self.get_server_info(deadline)
-        return name in self._features
+        return name in self.recent_server_info(deadline).features
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
@@ -207,11 +208,20 @@ class Stub:
         response, _ = self._grpc.unary("GetServerInfo", request.SerializeToString(), deadline)
         info = parse_response(pb.GetServerInfoResponse, response)
         self._takes_packed = PACKED_ELEMENTS in info.features
-        self._features = frozenset(info.features)
-        self._features_end_s = time.monotonic() + _FEATURES_AGE_S
+        self._last_info = (info, time.monotonic())
         if self._note_info is not None:
             self._note_info(info)
         return info
+
+    def recent_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
+        """Return what the server told within the last second, else call GetServerInfo.
+
+        What a first call needs, such as sockets of two kinds, is found by several threads, each of which would ask.
+        """
+        info, told_s = self._last_info
+        if info is not None and time.monotonic() - told_s < _INFO_AGE_S:
+            return info
+        return self.get_server_info(deadline)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
@@ -228,4 +238,4 @@ class Stub:
         self._grpc.close(deadline)
 
     def _fetch_server_info(self) -> pb.GetServerInfoResponse:
-        return self.get_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))
+        return self.recent_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))

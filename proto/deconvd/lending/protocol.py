@@ -28,6 +28,7 @@ from enum import IntEnum
 from typing import Final
 
 __all__ = [
+    "FIRST_REGION_BYTES",
     "MAX_REPLY_BYTES",
     "REGION_NAME_BYTES",
     "LendingOperation",
@@ -36,6 +37,9 @@ __all__ = [
     "ReplyStatus",
     "card_id",
 ]
+
+FIRST_REGION_BYTES: Final = 64 << 20
+"""Size of the first region that a client borrows, unless it needs a larger one. A server may keep one ready."""
 
 REGION_NAME_BYTES: Final = 16
 MAX_REPLY_BYTES: Final = 1024

@@ -45,6 +45,7 @@ from deconvd_server.shared_memory.loans import (
 )
 from deconvd_server.shared_memory.memfd_watcher import MemfdWatcher
 from deconvd_server.shared_memory.memory import OnMap, SealedMemory, Unmap
+from deconvd_server.shared_memory.spare_memory import SpareMemory
 
 __all__ = ["Lender"]
 
@@ -72,6 +73,8 @@ class Lender:
         on_map: Called with the address and the size of newly mapped memory, before anyone uses it. Returns
             a function that is called after the last use, before the memory is unmapped. Both may be called
             in any thread. If `on_map` raises, the client is told that there is no memory.
+        spare_bytes: Size of a region that is kept mapped, beyond the limits, for the next client that asks for as much;
+            0 for none.
         users: Ids of the users that it lends to. By default the server's own user and root.
         card_lender: Lends memory of cards; None if the server has no cards.
         instance: The server's id, for clients that ask whose socket it is.
@@ -84,6 +87,7 @@ class Lender:
         limits: LoanLimits,
         *,
         on_map: OnMap = _register_nothing,
+        spare_bytes: int = 0,
         users: Collection[int] | None = None,
         card_lender: CardLender | None = None,
         instance: bytes = _NO_INSTANCE,
@@ -92,12 +96,15 @@ class Lender:
         self._users = frozenset({0, os.geteuid()} if users is None else users)
         self._instance = instance
         self._limits = limits
-        self._on_map = on_map
         self._card_lender = card_lender
         # card memory of clients that have disconnected, while their processes still run: how to take it back
         self._borrowings: dict[CardBorrowing, Callable[[], None]] = {}
         self._loans: LoanRegistry[SealedMemory] = LoanRegistry(limits)
         self._memfd_watcher = MemfdWatcher()
+        # used by the mapper's thread alone, until that has ended
+        self._spare = SpareMemory(
+            spare_bytes, lambda size_bytes: SealedMemory(size_bytes, on_map, self._memfd_watcher)
+        )
         self._clients: list[_Client] = []
         clients_count = limits.clients_count
         self._shares = FairShares(
@@ -108,7 +115,9 @@ class Lender:
             "clients of shared memory", side_sockets, (), self._accept, on_lost
         )
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
-        self._mapper.submit(lambda: None)  # starts its thread now, while the system has some left
+        self._mapper.submit(
+            self._spare.prepare
+        )  # also starts its thread, while there are some left
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
 
@@ -164,6 +173,7 @@ class Lender:
         self._listener.call_soon(self._begin_closing)
         self._thread.join()
         self._mapper.shutdown()
+        self._spare.close()
         self._listener.close()  # last: it delivers the replies that the mapper has left
         self._memfd_watcher.close()
 
@@ -305,6 +315,7 @@ class Lender:
                 ReplyStatus.MALFORMED, text="this client has no region of that name"
             )
         self._listener.call_soon(partial(self._deliver, client, reply, memory))
+        self._spare.prepare()
 
     def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
         if self._card_lender is None:
@@ -341,7 +352,7 @@ class Lender:
             _log.info("%s gets no more shared memory: %s", client.peer, error)
             return LendingReply(error.status, text=str(error)), None
         try:
-            memory = SealedMemory(size_bytes, self._on_map, self._memfd_watcher)
+            memory = self._spare.take(size_bytes)
         except Exception:  # noqa: BLE001 - logged, and answered as a failure
             _log.exception("allocating %d bytes of shared memory failed", size_bytes)
             self._loans.cancel_reservation(client.account, size_bytes)

@@ -49,6 +49,7 @@ from deconvd_server.device.cuda.plans.build_threads import BuildThreads
 from deconvd_server.device.cuda.plans.candidates import Candidates
 from deconvd_server.device.cuda.plans.cost_model import MEASURED_CAPABILITY, cost_model
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.later_searches import LaterSearches
 from deconvd_server.device.cuda.plans.plan_cache import PlanCache
 from deconvd_server.device.cuda.plans.plan_timer import open_plan_timer
 from deconvd_server.device.cuda.plans.rehearsal import Rehearsal
@@ -215,6 +216,12 @@ class CudaDevice(CardTensors):
                 tuning_limit_s=self._limits.tuning_s,
             ),
             build_threads,
+            LaterSearches(
+                f"{self._id}-later",
+                lambda: self._lanes.calls_count,
+                lambda: self._lanes.are_idle,
+                self.activate,
+            ),
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),
         )

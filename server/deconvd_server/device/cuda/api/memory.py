@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from typing import Protocol
 
@@ -14,6 +15,14 @@ __all__ = ["BlockLayout", "BlockRegion", "DeviceMemory", "Lease", "MemoryStats"]
 
 ALIGNMENT_BYTES = 256
 """The address of every operand, result and workspace in a block is a multiple of this."""
+
+
+class _User(Enum):
+    """Who has a block."""
+
+    CALL = auto()
+    SEARCH = auto()
+    RESIDENT = auto()
 
 
 class _MemoryBlock(Protocol):
@@ -26,11 +35,12 @@ class MemoryStats:
     """The use of the card's memory by calls and residents.
 
     Attributes:
-        blocks_count: Blocks that calls use. Those of residents are left out, since this number is reported to clients.
+        blocks_count: Blocks that calls and searches use. Those of residents are left out, since this number is reported
+            to clients.
         used_bytes: Size of all blocks in use.
         peak_bytes: The largest `used_bytes` so far.
         limit_bytes: Bound on `used_bytes`.
-        leased_count: Blocks that were leased to calls so far.
+        leased_count: Blocks that were leased to them so far.
         refused_count: Leases that the limit did not allow.
     """
 
@@ -100,27 +110,38 @@ class DeviceMemory:
         self._allocate_resident = allocate_resident
         self._allocate_shared = allocate_shared
         self._lock = threading.Lock()
+        self._search_ended = threading.Condition(self._lock)
         self._used_bytes = 0
+        self._searched_bytes = 0
         self._peak_bytes = 0
         self._blocks_count = 0
         self._leased_count = 0
         self._refused_count = 0
 
     def lease(self, size_bytes: int) -> Lease:
-        """Lease a block to a call.
+        """Lease a block to a call. If the limit allows it only without a search's block, wait for the end of that.
 
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has no memory for it.
         """
-        return self._lease_block(size_bytes, self._allocate, is_of_call=True)
+        return self._lease_block(size_bytes, self._allocate, _User.CALL)
+
+    def lease_for_search(self, size_bytes: int) -> Lease:
+        """Lease a block to a search for a plan, which has it for milliseconds.
+
+        No call may fail because of a search that none waits for, so calls and residents wait for its end.
+
+        Raises as `lease` does, without a wait.
+        """
+        return self._lease_block(size_bytes, self._allocate, _User.SEARCH)
 
     def lease_resident(self, size_bytes: int) -> Lease:
         """Lease a block to a resident. Raises as `lease` does."""
-        return self._lease_block(size_bytes, self._allocate_resident)
+        return self._lease_block(size_bytes, self._allocate_resident, _User.RESIDENT)
 
     def lease_shared(self, size_bytes: int) -> Lease:
         """Lease a block that another process may open. Raises as `lease` does."""
-        return self._lease_block(size_bytes, self._allocate_shared)
+        return self._lease_block(size_bytes, self._allocate_shared, _User.RESIDENT)
 
     @property
     def stats(self) -> MemoryStats:
@@ -136,38 +157,52 @@ class DeviceMemory:
             )
 
     def _lease_block(
-        self, size_bytes: int, allocate: Callable[[int], _MemoryBlock], *, is_of_call: bool = False
+        self, size_bytes: int, allocate: Callable[[int], _MemoryBlock], user: _User
     ) -> Lease:
-        self._reserve(size_bytes, is_of_call)
+        self._reserve(size_bytes, user)
         try:
-            return Lease(allocate(size_bytes), partial(self._unreserve, size_bytes, is_of_call))
+            return Lease(allocate(size_bytes), partial(self._unreserve, size_bytes, user))
         except MemoryError as error:
-            self._unreserve(size_bytes, is_of_call)
+            self._unreserve(size_bytes, user)
             raise ExhaustedError(
                 f"{size_bytes} bytes of the card's memory are needed, and it has no such block: {error}"
             ) from None
         except BaseException:
-            self._unreserve(size_bytes, is_of_call)
+            self._unreserve(size_bytes, user)
             raise
 
-    def _reserve(self, size_bytes: int, is_of_call: bool) -> None:
+    def _reserve(self, size_bytes: int, user: _User) -> None:
         with self._lock:
-            free_bytes = self._limit_bytes - self._used_bytes
-            if size_bytes > free_bytes:
+            while (
+                size_bytes > self._free_bytes and self._searched_bytes and user is not _User.SEARCH
+            ):
+                self._search_ended.wait()
+            if size_bytes > self._free_bytes:
                 self._refused_count += 1
                 raise ExhaustedError(
-                    f"{size_bytes} bytes of the card's memory are needed, {free_bytes} of "
+                    f"{size_bytes} bytes of the card's memory are needed, {self._free_bytes} of "
                     f"{self._limit_bytes} are free"
                 )
-            self._used_bytes += size_bytes
-            self._blocks_count += is_of_call
-            self._leased_count += is_of_call
+            self._count(size_bytes, user, 1)
+            self._leased_count += user is not _User.RESIDENT
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
-    def _unreserve(self, size_bytes: int, is_of_call: bool) -> None:
+    def _unreserve(self, size_bytes: int, user: _User) -> None:
         with self._lock:
-            self._used_bytes -= size_bytes
-            self._blocks_count -= is_of_call
+            self._count(-size_bytes, user, -1)
+            if user is _User.SEARCH:
+                self._search_ended.notify_all()
+
+    @property
+    def _free_bytes(self) -> int:
+        return self._limit_bytes - self._used_bytes
+
+    def _count(self, size_bytes: int, user: _User, count: int) -> None:
+        self._used_bytes += size_bytes
+        if user is not _User.RESIDENT:
+            self._blocks_count += count
+        if user is _User.SEARCH:
+            self._searched_bytes += size_bytes
 
 
 @dataclass(frozen=True, slots=True)

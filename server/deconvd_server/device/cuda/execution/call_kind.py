@@ -60,6 +60,17 @@ class CallKind:
         # room for graphs of whole calls.
         self._part_graphs: GraphCache[BoundGraph] = GraphCache()
 
+    def may_serve(self) -> bool:
+        """Note a call that is about to be served. Return False if a better plan has replaced one of the work's.
+
+        Then the work must be made anew.
+        """
+        for stand_in in self.work.stand_ins:
+            if stand_in.is_replaced:
+                return False
+            stand_in.note_call()
+        return True
+
     def enqueue(self, base: int, stream: int) -> None:
         """Enqueue all work between upload and download on a stream.
 

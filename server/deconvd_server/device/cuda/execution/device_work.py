@@ -9,6 +9,7 @@ from deconvd.model.operation import Operation, spec_of_field
 from deconvd.model.problem import Problem
 from deconvd_server.device.cuda import kernels
 from deconvd_server.device.cuda.plan import Plan
+from deconvd_server.device.cuda.stand_in import StandIn
 
 __all__ = ["DeviceWork", "WorkStep"]
 
@@ -44,6 +45,7 @@ class DeviceWork:
     Attributes:
         operands, results: The specs of the tensors.
         workspace_bytes: Size of the scratch memory that the steps use one after the other.
+        stand_ins: Those of the plans that others will replace.
         steps: All of the work, in order. A step names its operands in the order in which the client of an overlapped
             call writes them.
     """
@@ -61,6 +63,7 @@ class DeviceWork:
         self.operands = tuple([spec_of_field(problem, field) for field in operands])
         self.results = tuple([spec_of_field(problem, field) for field in results])
         self.workspace_bytes = max([plan.workspace_bytes for plan in plans.values()], default=0)
+        self.stand_ins = tuple([plan for plan in plans.values() if isinstance(plan, StandIn)])
         self._numbers = {field: number for number, field in enumerate(operands)}
         self.steps = [
             self._step(operation, result, number, plans) for number, result in enumerate(results)

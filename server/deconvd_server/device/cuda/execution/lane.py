@@ -124,9 +124,7 @@ class Lane:
         is_mirrored = not any(map(self._is_direct, (*operands, *targets)))
         # Graphs of a kind copy from and to fixed addresses on the card. Those are part of the key.
         kind_key = (key, is_mirrored, *operands_at, *results_at)
-        kind = self._kinds.get(kind_key)
-        if kind is None:
-            kind = self._kinds.put(kind_key, CallKind(make_work(), operands_at, results_at))
+        kind = self._find_kind(kind_key, lambda: CallKind(make_work(), operands_at, results_at))
         call.check()
         is_large = kind.layout.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
@@ -167,10 +165,9 @@ class Lane:
             operands_at.append(None if is_copied else pointer)
             copied_from.append(pointer if is_copied else None)
         kind_key = (key, count, *operands_at, *(pointer is None for pointer in copied_from))
-        kind = self._kinds.get(kind_key)
-        if kind is None:
-            new = CallKind(make_work(), operands_at, [None], parts_count=count)
-            kind = self._kinds.put(kind_key, new)
+        kind = self._find_kind(
+            kind_key, lambda: CallKind(make_work(), operands_at, [None], parts_count=count)
+        )
         self.pipeline.run(kind, operands, copied_from, y, addresses, call)
 
     def upload(self, array: Array, tensor: CudaTensor, call: CallContext) -> None:
@@ -192,6 +189,13 @@ class Lane:
     def close(self) -> None:
         """Forget all kinds of calls and their graphs. No call may be under way."""
         self._kinds.clear()
+
+    def _find_kind(self, key: Hashable, make: Callable[[], CallKind]) -> CallKind:
+        """Return the kind of a call: one that is remembered, unless there are better plans by now."""
+        kind = self._kinds.get(key)
+        if kind is None or (kind.work.stand_ins and not kind.may_serve()):
+            kind = self._kinds.put(key, make())
+        return kind
 
     def _pointer(self, operand: Operand) -> int | None:
         """Return where a tensor is on the card; None for an array."""

@@ -21,6 +21,7 @@ class LanePool:
 
     Attributes:
         streams: The lanes' streams.
+        calls_count: Calls that have got a lane so far.
 
     Args:
         lanes: The pool has them to itself.
@@ -31,6 +32,7 @@ class LanePool:
         self.streams = [lane.stream.pointer for lane in lanes]
         # The lane that was released last is lent first: it is the likeliest to have a graph of the kind of call.
         self._idle = [*lanes]
+        self.calls_count = 0
         self._lock = threading.Lock()
         self._lane_released = threading.Condition(self._lock)
 
@@ -54,6 +56,7 @@ class LanePool:
             while not self._idle:
                 self._lane_released.wait(_POLL_INTERVAL_S)
                 call.check()
+            self.calls_count += 1
             return self._idle.pop()
 
     def release(self, lane: Lane) -> None:

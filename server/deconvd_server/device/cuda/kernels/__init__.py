@@ -27,6 +27,8 @@ from deconvd_server.device.cuda.kernels.elementwise import (
 )
 from deconvd_server.device.cuda.kernels.fallback import fallback
 from deconvd_server.device.cuda.kernels.launch import compile_kernels, keep_compiled
+from deconvd_server.device.cuda.kernels.launch import is_shipped as is_kernel_shipped
+from deconvd_server.device.cuda.kernels.steps import Launch, StepPlan
 from deconvd_server.device.cuda.kernels.tensor_cores import tensor_core_plans
 from deconvd_server.device.cuda.plan import Plan, Product
 
@@ -37,6 +39,7 @@ __all__ = [
     "cast",
     "default_folder",
     "fallback",
+    "is_shipped",
     "keep_compiled",
     "load_common_kernels",
     "sum_gb",
@@ -67,6 +70,14 @@ def are_shipped(device: int) -> bool:
     import cupy
 
     return has_cubins(int(cupy.cuda.Device(device).compute_capability))
+
+
+def is_shipped(plan: Plan, capability: int) -> bool:
+    """Return whether the machine code of a plan of ours came with deconvd, for cards of a capability."""
+    steps = plan.steps if isinstance(plan, StepPlan) else ()
+    return all(
+        is_kernel_shipped(step.kernel, capability) for step in steps if isinstance(step, Launch)
+    )
 
 
 def load_common_kernels(device: int, is_wanted: Callable[[], bool]) -> None:

@@ -37,6 +37,10 @@ class Cubins:
         cubin = self._read_shipped(capability).get(digest)
         return self._compile(digest, text, options, capability) if cubin is None else cubin
 
+    def is_shipped(self, text: str, options: Sequence[str], capability: int) -> bool:
+        """Return whether the machine code of a text for cards of a capability came with deconvd."""
+        return digest_of(text, options) in self._read_shipped(capability)
+
     def _read_shipped(self, capability: int) -> Mapping[str, bytes]:
         with self._lock:
             if capability not in self._shipped:

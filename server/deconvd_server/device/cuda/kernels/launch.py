@@ -13,7 +13,7 @@ import ctypes
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ __all__ = [
     "element",
     "index",
     "integer",
+    "is_shipped",
     "keep_compiled",
     "pointer",
 ]
@@ -65,6 +66,7 @@ _NAMES: dict[str, str] = {
 }
 
 
+@cache  # the name of a dtype takes NumPy some microseconds, and plans ask for it in each step
 def element(dtype: DType, macro: str = "ELEMENT") -> Macro:
     """Return the macro that makes `dtype` the element type of a .cu file."""
     return macro, _NAMES[dtype.name]
@@ -152,6 +154,12 @@ def compile_kernels(kernels: Iterable[Kernel]) -> None:
     """Load kernels for the current device now, not at their first launch. Raises CompileError."""
     for kernel in kernels:
         _functions.get(kernel)
+
+
+@lru_cache(1024)
+def is_shipped(kernel: Kernel, capability: int) -> bool:
+    """Return whether a kernel's machine code for cards of a capability came with deconvd."""
+    return _cubins.is_shipped(kernel.source, kernel.options, capability)
 
 
 class _LoadedKernels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import islice
 
 from deconvd.model.options import UseCudnn
@@ -24,6 +25,7 @@ from deconvd_server.device.cuda.plans.casting import CastPlan, with_uniform_type
 from deconvd_server.device.cuda.plans.channels_last import ChannelsLastPlan
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.cost_model import (
+    MEASURED_CAPABILITY,
     CostModel,
     Family,
     is_measured,
@@ -32,6 +34,7 @@ from deconvd_server.device.cuda.plans.cost_model import (
 )
 from deconvd_server.device.cuda.plans.crop import CropPlan, with_natural_outsize
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.stand_in import SEARCH_MS
 
 __all__ = ["Candidates"]
 
@@ -40,6 +43,9 @@ _SHORTLIST_COUNT = 2
 
 _TIMED_ENGINES_COUNT = 3
 """cuDNN's engines that are timed where the cost model cannot tell them from our plans."""
+
+_FALLBACKS_COUNT = 16
+"""Fallbacks that are remembered. They hold no memory of the card, and up to some thousand steps."""
 
 _LAYOUTS = {Provider.CUDNN_NCHW: Layout.NCHW, Provider.CUDNN_NHWC: Layout.NHWC}
 
@@ -58,6 +64,10 @@ class Candidates:
         self._cudnn = cudnn
         self._processors_count = processors_count
         self._cost_model = cost_model
+        # a call of a new problem needs it three times: for its size, for the prediction, and to stand in
+        self._fallback_plan = lru_cache(_FALLBACKS_COUNT)(
+            partial(kernels.fallback, processors_count=processors_count)
+        )
 
     def contenders(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield the candidates that the cost model picks, the most promising first. None where it has no opinion.
@@ -65,11 +75,52 @@ class Candidates:
         For deterministic results these are of all families, and cuDNN is asked when its turn comes. Else they are the
         few that may be the fastest: often one, and often none of cuDNN's, which is then not asked.
         """
+        ours, predicted_ms = self._predict(key)
+        is_steady = key.options.cudnn_deterministic
+        count = _SHORTLIST_COUNT if is_steady else _TIMED_ENGINES_COUNT
+        for family in order_families(predicted_ms) if is_steady else worth_trying(predicted_ms):
+            if family is Family.CUDNN:
+                yield from self._shortlist_cudnn(key, stream, count)
+            else:
+                yield ours[family]
+
+    def stand_in(self, key: PlanKey) -> tuple[Plan, float] | None:
+        """Return a plan that may serve a key until its plan has been searched, and its predicted milliseconds.
+
+        It is the fallback, which always runs, and compiles nothing. None where results must be those of the first call,
+        where all plans are to be tried, where nothing is known, where one of our plans is picked at once, and where a
+        search takes less than would be lost.
+        """
+        if key.options.cudnn_deterministic or key.options.autotune:
+            return None
+        ours, predicted_ms = self._predict(key)
+        if Family.FALLBACK not in ours or self._is_picked_at_once(key, worth_trying(predicted_ms)):
+            return None
+        took_ms = predicted_ms[Family.FALLBACK]
+        if took_ms - min(predicted_ms.values()) > SEARCH_MS:
+            return None
+        return ours[Family.FALLBACK].plan, took_ms
+
+    def _is_picked_at_once(self, key: PlanKey, families: Sequence[Family]) -> bool:
+        """Return whether only one family is worth a try, whose plan is ours and need not be compiled."""
+        family, *others = families
+        if others or family is Family.CUDNN:
+            return False
+        problem, count = with_uniform_type(key.problem), self._processors_count
+        plans = kernels.candidates(key.product, problem, key.options, count)
+        picked = [plan for plan in plans if plan.name == family][:1]
+        return all(kernels.is_shipped(plan, MEASURED_CAPABILITY) for plan in picked)
+
+    def _predict(self, key: PlanKey) -> tuple[dict[Family, Candidate], dict[Family, float]]:
+        """Return our first plan of each family, and what the cost model predicts of those that may be used, in ms.
+
+        Both are empty where it has no opinion.
+        """
         problem, options = with_uniform_type(key.problem), key.options
         knows = is_measured(options) and problem.has_products
         knows = knows and options.use_cudnn is not UseCudnn.ALWAYS
         if self._cost_model is None or not knows:
-            return
+            return {}, {}
         ours: dict[Family, Candidate] = {}
         for candidate in (*self.own_kernels(key), self.fallback(key)):
             if candidate.plan.workspace_bytes <= key.workspace_limit_bytes:
@@ -80,13 +131,7 @@ class Candidates:
         predicted_ms = self._cost_model.predict_ms(key.product, problem, options, families)
         if Family.FALLBACK not in ours:
             del predicted_ms[Family.FALLBACK]
-        is_steady = options.cudnn_deterministic
-        count = _SHORTLIST_COUNT if is_steady else _TIMED_ENGINES_COUNT
-        for family in order_families(predicted_ms) if is_steady else worth_trying(predicted_ms):
-            if family is Family.CUDNN:
-                yield from self._shortlist_cudnn(key, stream, count)
-            else:
-                yield ours[family]
+        return ours, predicted_ms
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         """Yield the few candidates that are tried if nothing is tuned, nor known: the most promising first.
@@ -146,7 +191,7 @@ class Candidates:
     def fallback(self, key: PlanKey) -> Candidate:
         """Return the plan that takes any problem."""
         problem = with_uniform_type(key.problem)
-        plan = kernels.fallback(key.product, problem, key.options, self._processors_count)
+        plan = self._fallback_plan(key.product, problem, key.options)
         return replace(self._own_candidate(key, plan), always_runs=True)
 
     def cudnn_engines(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +18,10 @@ from deconvd_server.device.cuda.plan import Plan
 from deconvd_server.device.cuda.plans.candidate import Candidate
 from deconvd_server.device.cuda.plans.choice import Choice, Provider
 from deconvd_server.device.cuda.plans.key import PlanKey
+from deconvd_server.device.cuda.plans.later_searches import LaterSearches
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
+from deconvd_server.device.cuda.stand_in import SEARCH_MS, StandIn
 from deconvd_server.resources.cache import Cache, CacheStats, Resource
 
 if TYPE_CHECKING:  # these need CUDA, the cache does not
@@ -41,6 +44,9 @@ _CHOICES_COUNT = 1 << 14
 They are kept for as long as possible: the next timing might choose another plan, and another plan gives other bits.
 """
 
+_MOST_CALLS_COUNT = 16
+"""A stand-in that has served so many calls is worth a search, however short they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanCacheStats:
@@ -60,12 +66,17 @@ class PlanCacheStats:
 class PlanCache:
     """The plans of one card, by key. The first call that needs a plan waits until it is chosen. Thread-safe.
 
-        memory --miss--> choice, in memory or on disk --miss--> quarantine --not held--> tuner
-                                                                           --held--> without cuDNN, or the fallback
+        memory --miss--> choice, in memory or on disk --miss--> stand-in, and a search later
+                                                      --no stand-in is good enough--> search
 
-    A choice is remembered even if it is the fallback, so a search that finds no engine of cuDNN is made once.
+        search: quarantine --not held--> tuner
+                           --held--> without cuDNN, or the fallback
+
+    A choice is remembered even if it is the fallback, so a search that finds no engine of cuDNN is made once. A
+    stand-in is not remembered, and neither is it counted as chosen.
 
     Args:
+        later: Makes the searches that stand-ins ask for.
         limit_bytes: Bound on the host memory of plans.
         store: Choices and the quarantine on disk; None to keep none.
     """
@@ -75,6 +86,7 @@ class PlanCache:
         candidates: Candidates,
         tuner: Tuner,
         build_threads: BuildThreads,
+        later: LaterSearches,
         *,
         limit_bytes: int,
         store: PlanStore | None,
@@ -82,6 +94,7 @@ class PlanCache:
         self._candidates = candidates
         self._tuner = tuner
         self._build_threads = build_threads
+        self._later = later
         self._store = store
         self._cache: Cache[PlanKey, Plan] = Cache(limit_bytes)
         self._lock = threading.Lock()
@@ -90,7 +103,7 @@ class PlanCache:
         self._restored_count = 0
 
     def get(self, key: PlanKey, check: Callable[[], None]) -> Plan:
-        """Return the plan of a key. The plan stays usable after it is evicted from the cache.
+        """Return the plan of a key, or a `StandIn`. It stays usable after it is evicted from the cache.
 
         Args:
             check: Called while this waits for the choice. An error that it raises ends the wait, but not the choice.
@@ -103,6 +116,21 @@ class PlanCache:
         with self._cache.lease(key, build, check=check, executor=executor) as plan:
             return plan
 
+    def search(self, key: PlanKey) -> None:
+        """Search the plan of a key that has a stand-in, and have it served from now on.
+
+        The calling thread gets a stream of the card, which must be its device.
+
+        Raises:
+            ExhaustedError: The card has no memory to try plans out now.
+            CudaError, CudnnError: The card or cuDNN failed.
+        """
+        resource = _resource_of(self._find_candidate(key))
+        self._cache.drop(key)
+        # a call that asks in between makes the plan again, of the same choice
+        with self._cache.lease(key, lambda: resource):
+            pass
+
     @property
     def stats(self) -> PlanCacheStats:
         """The state of the cache now."""
@@ -111,26 +139,39 @@ class PlanCache:
 
     def close(self) -> None:
         """Forget all plans, and end the threads that choose them."""
+        self._later.close()
         self._build_threads.close()
         self._cache.close()
 
     def _build_resource(self, key: PlanKey) -> Resource[Plan]:
-        candidate = self._find_candidate(key)
-        own = candidate.choice.provider is Provider.OWN
-        size_bytes = _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES
-        # The plan is not closed when it is evicted: graphs that it was captured into may still refer to it.
-        return Resource(candidate.plan, size_bytes)
+        known = self._restore(key)
+        if known is None:
+            stand_in = self._candidates.stand_in(key)
+            if stand_in is not None:
+                plan, predicted_ms = stand_in
+                return Resource(self._stand_in_of(key, plan, predicted_ms), _OWN_PLAN_BYTES)
+        return _resource_of(known or self._search(key))
 
     def _find_candidate(self, key: PlanKey) -> Candidate:
-        """Return the candidate that was chosen before, or choose one by a search that no process has died in."""
-        known = self._restore(key)
-        if known is not None:
-            return known
+        """Return the candidate that was chosen before, or choose one."""
+        return self._restore(key) or self._search(key)
+
+    def _search(self, key: PlanKey) -> Candidate:
+        """Choose a candidate by a search that no process has died in."""
         if self._store is None or not self._store.quarantine.holds(key):
             return self._choose(key)
         if key.options.use_cudnn is UseCudnn.NEVER:
             return self._candidates.fallback(key)
         return self._find_candidate(key.without_cudnn())
+
+    def _stand_in_of(self, key: PlanKey, plan: Plan, predicted_ms: float) -> StandIn:
+        """Return a stand-in that asks for a search once its calls have had the card for as long as that takes."""
+        count = min(math.ceil(SEARCH_MS / predicted_ms), _MOST_CALLS_COUNT)
+
+        def ask(stand_in: StandIn) -> None:
+            self._later.add(key, stand_in, self.search)
+
+        return StandIn(plan, count, ask)
 
     def _restore(self, key: PlanKey) -> Candidate | None:
         choice = self._find_choice(key)
@@ -171,3 +212,9 @@ class PlanCache:
         if self._store is None:
             return nullcontext()
         return self._store.quarantine.note_search(key, self._build_threads.is_card_lost)
+
+
+def _resource_of(candidate: Candidate) -> Resource[Plan]:
+    own = candidate.choice.provider is Provider.OWN
+    # The plan is not closed when it is evicted: graphs that it was captured into may still refer to it.
+    return Resource(candidate.plan, _OWN_PLAN_BYTES if own else _CUDNN_PLAN_BYTES)

@@ -197,7 +197,7 @@ def open_plan_timer(
     regions = BlockLayout()
     parts = [regions.add(spec.nbytes) for spec in specs]
     parts.append(regions.add(workspace_bytes))
-    with memory.lease(regions.total_bytes) as base:
+    with memory.lease_for_search(regions.total_bytes) as base:
         a, b, out, workspace = (base + part.offset for part in parts)
 
         def fill() -> None:
