@@ -75,7 +75,7 @@ def _make_stream_call(
         if not packs:
             raise
     # perhaps by an older server than the one that takes packed elements, at the same target
-    stub.forget_features()
+    stub.forget_info()
     received, ledger = stub.stream(begin, call_spec.deadline)
     return CallResult(*received, ledger)
 

@@ -40,8 +40,12 @@ _T = TypeVar("_T")
 _SERVER_INFO_TIMEOUT_S: Final = 5.0
 """How long a server may take to say where it accepts direct connections: until then calls go by gRPC."""
 
-_INFO_AGE_S: Final = 1.0
-"""How old what a server has told of itself may be. No server is replaced by another one in less time."""
+_FEATURES_AGE_S: Final = 1.0
+"""How old the names of a server's features may be. No server of another version comes in less time."""
+
+_SOCKETS_AGE_S: Final = 0.1
+"""How old the names of its sockets may be: a first call needs several of them. A killed server is replaced in half a
+second."""
 
 _NO_INFO: Final[tuple[pb.GetServerInfoResponse | None, float]] = (None, -math.inf)
 """What a server that has told nothing has told of itself, and when."""
@@ -171,8 +175,8 @@ class Stub:
                 self.get_server_info(deadline.with_limit(_SERVER_INFO_TIMEOUT_S))
         return bool(self._takes_packed)
 
-    def forget_features(self) -> None:
-        """Have the server asked again what it takes: another one may have come in its place."""
+    def forget_info(self) -> None:
+        """Have the server asked again what it is: another one may have come in its place."""
         self._takes_packed = None
         self._last_info = _NO_INFO
 
@@ -190,7 +194,7 @@ class Stub:
 
     def has_feature(self, name: str, deadline: Deadline) -> bool:
         """Return whether the server has a feature. It is asked for its features, unless it has just named them."""
-        return name in self.recent_server_info(deadline).features
+        return name in self._recent_info(deadline, _FEATURES_AGE_S).features
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
@@ -214,14 +218,11 @@ class Stub:
         return info
 
     def recent_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
-        """Return what the server told within the last second, else call GetServerInfo.
+        """Return what the server told a moment ago, else call GetServerInfo.
 
         What a first call needs, such as sockets of two kinds, is found by several threads, each of which would ask.
         """
-        info, told_s = self._last_info
-        if info is not None and time.monotonic() - told_s < _INFO_AGE_S:
-            return info
-        return self.get_server_info(deadline)
+        return self._recent_info(deadline, _SOCKETS_AGE_S)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
@@ -236,6 +237,12 @@ class Stub:
         if self.direct is not None:
             self.direct.close()
         self._grpc.close(deadline)
+
+    def _recent_info(self, deadline: Deadline, age_s: float) -> pb.GetServerInfoResponse:
+        info, told_s = self._last_info
+        if info is not None and time.monotonic() - told_s < age_s:
+            return info
+        return self.get_server_info(deadline)
 
     def _fetch_server_info(self) -> pb.GetServerInfoResponse:
         return self.recent_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))

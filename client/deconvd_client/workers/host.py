@@ -122,6 +122,7 @@ class Host:
         elif not self._is_settled:
             self._info = self._workers = None
             self.entry.gate.is_open = True
+            self.entry.route.target_stub.forget_info()  # whose answer is to be noted here, too
 
     @property
     def residents(self) -> Host:
