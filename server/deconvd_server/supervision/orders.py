@@ -27,6 +27,7 @@ class WorkerOrders:
         link: The descriptor of its link to the supervisor.
         metrics: The descriptor by which the supervisor asks for metrics; None if nobody does.
         card_parts_count: How many workers share the memory of its card.
+        is_plan_store_lasting: Whether the folder of plans outlives the supervisor.
         watchdog_s: How long its main thread may be silent.
         options: Values for options of the command, by the names of the parameters, in place of those that were given.
     """
@@ -35,6 +36,7 @@ class WorkerOrders:
     link: int
     metrics: int | None
     card_parts_count: int
+    is_plan_store_lasting: bool
     watchdog_s: float
     options: Mapping[str, Any]
 

@@ -23,6 +23,7 @@ from deconvd_server.supervision.layout import WorkerPlace
 from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load
 from deconvd_server.supervision.metrics_channel import MetricsChannel
 from deconvd_server.supervision.orders import WorkerOrders
+from deconvd_server.supervision.plans_folder import PlansFolder
 
 __all__ = ["ENDS_OF_DRAIN", "Worker", "WorkerState"]
 
@@ -80,6 +81,7 @@ class Worker:
     Args:
         grpc_port: Its own port, or 0.
         options: Its own values for options of the command.
+        plans: The folder of plans that ends with the supervisor; None if there is another one, or none.
         has_metrics: Whether it will be asked for metrics.
         watchdog_s: How long it may be silent before it is killed.
         drain_s: How much longer it may take to end once it has said that it is about to.
@@ -91,6 +93,7 @@ class Worker:
         place: WorkerPlace,
         grpc_port: int,
         options: Mapping[str, Any],
+        plans: PlansFolder | None,
         *,
         has_metrics: bool,
         watchdog_s: float,
@@ -108,6 +111,7 @@ class Worker:
         self.home_requests: list[bytes] = []
         self._message = pb.Worker(name=place.name, grpc_port=grpc_port, devices=[place.device])
         self._options = options
+        self._plans = plans
         self._has_metrics = has_metrics
         self._watchdog_s = watchdog_s
         self._drain_s = drain_s
@@ -176,10 +180,14 @@ class Worker:
             link=link_end.fileno(),
             metrics=None if metrics_end is None else metrics_end.fileno(),
             card_parts_count=self.place.sharers_count,
+            is_plan_store_lasting=self._plans is None,
             watchdog_s=self._watchdog_s,
             options=self._options,
         )
         ends = [end for end in (link_end, metrics_end) if end is not None]
+        inherited = [end.fileno() for end in ends]
+        if self._plans is not None:
+            inherited.append(self._plans.descriptor)
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, *sys.orig_argv[1:]],
@@ -190,7 +198,7 @@ class Worker:
                     PARTS_VARIABLE: str(self._workers_count),
                     **orders.to_environment(),
                 },
-                pass_fds=[end.fileno() for end in ends],
+                pass_fds=inherited,
                 process_group=0,  # Ctrl-C is for the supervisor
             )
         except OSError as error:
