@@ -65,7 +65,7 @@ def test_what_is_given_for_all_is_shared_out() -> None:
     assert options["device_memory_bytes"] == 500  # of two on the card
     assert options["shared_memory_bytes"] == 150  # of six on the host
     assert options["threads"] == 1
-    # nothing, the default, or each one's own: as given
+    # nothing, the default, or counted together: as given
     assert not {"resident_memory_bytes", "spill_memory_bytes", "tenant_bytes"} & set(options)
 
 
@@ -107,6 +107,7 @@ def test_orders_reach_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None
         name="1",
         link=5,
         metrics=None,
+        quotas=None,
         card_parts_count=2,
         is_plan_store_lasting=True,
         watchdog_s=30.0,

@@ -218,7 +218,7 @@ def main(
     Where a default is a part of the memory, that is the memory of the host, or the limit of the
     cgroup if that is less, as in a container. The same holds for processors. With several processes
     (--processes), that is for all together, and what is given as a number is, too, except for
-    --tenant-bytes and --max-message-bytes.
+    --max-message-bytes.
 
     Exit codes: 0 after a drain, 1 if the server cannot start, 2 if an option is wrong, 3 if the
     server must be restarted, 4 after a drain that cut calls short, 5 if a GPU hangs. README.md has

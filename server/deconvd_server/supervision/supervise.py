@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from deconvd_server.access_options import AccessPolicy
 from deconvd_server.address_lines import print_addresses
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
+from deconvd_server.resources.shared_quotas import SharedQuotas, create_shared_quotas
 from deconvd_server.resources.systemd import SystemdNotifier
 from deconvd_server.supervision.layout import (
     WorkerPlace,
@@ -71,6 +73,10 @@ def supervise(
         plans = None
         if options["plan_store"] is None and any(place.device != "cpu" for place in places):
             plans = stack.enter_context(temporary_plans_folder())
+        quotas = None
+        if options["tenant_bytes"] is not None:
+            quotas = create_shared_quotas(len(places))
+            stack.callback(os.close, quotas)
         workers = [
             _make_worker(
                 place,
@@ -79,6 +85,7 @@ def supervise(
                 keeper,
                 options,
                 plans,
+                quotas,
                 len(places),
                 notifier,
             )
@@ -97,6 +104,7 @@ def supervise(
         supervisor = Supervisor(
             workers,
             paths,
+            None if quotas is None else SharedQuotas(quotas),
             health,
             reasons,
             notifier,
@@ -137,6 +145,7 @@ def _make_worker(
     keeper: _PortKeeper,
     options: Mapping[str, Any],
     plans: PlansFolder | None,
+    quotas: int | None,
     workers_count: int,
     notifier: SystemdNotifier,
 ) -> Worker:
@@ -158,6 +167,7 @@ def _make_worker(
         grpc_port,
         own,
         plans,
+        quotas,
         has_metrics=options["metrics_port"] is not None,
         watchdog_s=notifier.watchdog_s if is_watched else _HUNG_S,
         drain_s=options["drain_delay_s"] + options["drain_timeout_s"],
