@@ -83,6 +83,7 @@ def server_process(
     limits: Mapping[int, int] | None = None,
     prelude: str = "",
     environment: Mapping[str, str] | None = None,
+    chooses_processes: bool = False,
 ) -> Iterator[ServerProcess]:
     """Run ``deconvd-server`` for the block, on a Unix socket in `directory` by default.
 
@@ -96,6 +97,8 @@ def server_process(
         limits: Other limits, as of `resource.setrlimit`, by their numbers.
         prelude: Python that its process runs first: to put another device in, say.
         environment: Variables that it has in addition to those of this process.
+        chooses_processes: Whether it is left to the server in how many processes it serves. Otherwise it is one,
+            whatever the host has, unless the options say ``--processes``.
         listen: Addresses; "unix" for a socket in `directory`, port 0 for any free port.
     """
     addresses = [_with_place(address, directory) for address in listen]
@@ -105,6 +108,8 @@ def server_process(
         # processes have ports that follow each other
         count = int(options[options.index("--processes") + 1]) if "--processes" in options else 1
         options = (*options, "--direct-port", str(free_port(max(count, 1))))
+    if not chooses_processes and not any(o.startswith("--processes") for o in options):
+        options = (*options, "--processes", "0")
     log = directory / "server.log"
     all_limits = dict(limits or {})
     if descriptors_count is not None:

@@ -29,8 +29,9 @@ _OLD_CARD = (
 def _last_words(before: str = "", **environment: str) -> str:
     """Return what a server for a card says before it gives up, and check that it is one line."""
     command = f"{before}\nfrom deconvd_server.__main__ import main\nmain()"
+    options = ["--device", "cuda", "--processes", "0"]
     outcome = subprocess.run(
-        [sys.executable, "-c", command, "--device", "cuda", "--listen", "127.0.0.1:0"],
+        [sys.executable, "-c", command, *options, "--listen", "127.0.0.1:0"],
         capture_output=True,
         text=True,
         timeout=60,

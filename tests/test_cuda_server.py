@@ -162,7 +162,7 @@ def test_a_lost_card_ends_the_process_with_its_own_exit_code(tmp_path: Path) -> 
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-c", _LOSING_SERVER, "--device", "cuda", "--listen", target],
+            [sys.executable, "-c", _LOSING_SERVER, "--device", "cuda:0", "--listen", target],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +56,36 @@ def server(request: pytest.FixtureRequest, socket_directory: Path) -> Iterator[S
         yield running
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_by_default_each_of_several_cards_has_a_process(
+    socket_directory: Path, device: str
+) -> None:
+    count = len(devices_of(device))
+    with server_process(socket_directory, device=device, chooses_processes=True) as running:
+        workers = wait_for_serving(running, count) if count > 1 else ()
+        info = ask(running.target)
+        compiled = [orders["is_plan_store_lasting"] for orders in map(orders_of, pids(running))]
+        assert len(pids(running)) == len(workers) == (count if count > 1 else 0)
+        code = running.end()
+
+    assert [each.devices[0] for each in workers] == [f"cuda:{n}" for n in range(len(workers))]
+    assert [each.id for each in info.devices] == [f"cuda:{info.worker_name or 0}"]
+    assert not any(compiled)
+    assert code == ExitCode.DRAINED
+
+
+def test_cards_that_are_all_too_old_are_known_before_processes_start_for_them() -> None:
+    old = "import deconvd_server.device.cuda.api.runtime as r; r._OLDEST_CAPABILITY = 999"
+    ask_for = "from deconvd_server.device.opening import device_ids; print(device_ids({!r}))"
+
+    def run(device: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", f"{old}\n{ask_for.format(device)}"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("auto").stdout == "['cpu']\n"
+    assert "is too old: an Ampere card" in run("cuda").stderr
+
+
 def right_call(F: Connection, there: Array | RemoteTensor) -> Callable[[], None]:
     """Return a function that makes a call, and raises an error unless the result is right."""
 
@@ -64,12 +97,12 @@ def right_call(F: Connection, there: Array | RemoteTensor) -> Callable[[], None]
     return call
 
 
-def orders_of(pid: int) -> dict[str, object]:
-    """Return the options that a process was given by its supervisor."""
+def orders_of(pid: int) -> dict[str, Any]:
+    """Return what a process was given by its supervisor."""
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     (text,) = (each for each in variables if each.startswith(b"_DECONVD_WORKER="))
-    options: dict[str, object] = json.loads(text.partition(b"=")[2])["options"]
-    return options
+    orders: dict[str, Any] = json.loads(text.partition(b"=")[2])
+    return orders
 
 
 def test_each_process_has_its_part_of_a_card(server: ServerProcess) -> None:
@@ -100,7 +133,7 @@ def test_a_process_that_is_killed_costs_a_retry_and_its_plans_folder_stays(
     server: ServerProcess,
 ) -> None:
     count = len(pids(server))
-    folders = {str(orders_of(pid)["plan_store"]) for pid in pids(server)}
+    folders = {str(orders_of(pid)["options"]["plan_store"]) for pid in pids(server)}
     leader = ask(server.targets[1]).worker_name
     others = [w for w in wait_for_serving(server, count) if w.name != leader]
     with (
@@ -122,7 +155,7 @@ def test_a_process_that_is_killed_costs_a_retry_and_its_plans_folder_stays(
             load.wait_for(100)
         (folder,) = folders
         assert (Path(folder) / "journals").is_dir()
-        assert folders == {str(orders_of(pid)["plan_store"]) for pid in pids(server)}
+        assert folders == {str(orders_of(pid)["options"]["plan_store"]) for pid in pids(server)}
     code = server.end()
 
     assert load.failures == []

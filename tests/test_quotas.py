@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
 from deconvd.model.problem import TensorSpec
 from deconvd_server.residents.quotas import Quotas, counted_bytes, names_limit
 from deconvd_server.residents.tenant import Tenant
+from deconvd_server.resources.shared_quotas import SharedQuotas, create_shared_quotas
 
 
 def spec(size_bytes: int) -> TensorSpec:
@@ -102,7 +106,7 @@ def test_of_one_identitys_quota_its_tenants_have_equal_parts() -> None:
     assert quotas.is_within_part(large, 44)
     assert not quotas.is_within_part(large, 45)
     assert not quotas.exceeds_part(large, large)
-    quotas.take(small, 45)
+    quotas.take(small, 44)
     assert not quotas.exceeds_part(small, large)
     assert quotas.exceeds_part(small, new)  # a third
     quotas.give_back(large, 1)
@@ -110,3 +114,90 @@ def test_of_one_identitys_quota_its_tenants_have_equal_parts() -> None:
     quotas.give_back(large, 45)
     assert not quotas.exceeds_part(small, small)
     assert not Quotas().exceeds_part(large, small)
+
+
+@pytest.fixture
+def rows() -> Iterator[list[SharedQuotas]]:
+    """What each of three processes sees of the others."""
+    descriptor = create_shared_quotas(3)
+    yield [SharedQuotas(descriptor, number) for number in range(3)]
+    os.close(descriptor)
+
+
+def test_what_an_owner_uses_in_other_processes_counts(rows: list[SharedQuotas]) -> None:
+    here, there = Quotas(rows[0]), Quotas(rows[2])
+    tenant, same, other = (Tenant(100, key) for key in (b"a", b"a", b"b"))
+
+    assert here.take(tenant, 60)
+    assert there.used_bytes(same) == 60
+    assert not there.have_room(same, 41)
+    assert not there.take(same, 41)
+    assert there.take(other, 41)
+    assert there.take(same, 40)
+    assert here.used_bytes(tenant) == there.used_bytes(same) == 100
+    assert not here.have_room(tenant, 1)
+
+    here.give_back(tenant, 60)
+    assert there.used_bytes(same) == 40
+    there.give_back(same, 40)
+    assert here.take(tenant, 100)
+    rows[1].clear(0)  # as the supervisor does once that process has ended
+    assert there.take(same, 100)
+    assert there.used_bytes(other) == 41
+
+
+def test_an_identity_is_one_owner_in_all_processes_and_nobody_else_is(
+    rows: list[SharedQuotas],
+) -> None:
+    here, there = Quotas(rows[0]), Quotas(rows[1])
+
+    assert here.take(Tenant(100, b"one", "alice"), 70)
+    assert there.used_bytes(Tenant(100, b"", "alice")) == 70
+    assert there.used_bytes(Tenant(100, b"alice")) == there.used_bytes(Tenant(100)) == 0
+    session = Tenant(100)  # which no other process can know
+    assert here.take(session, 100)
+    assert here.used_bytes(session) == 100
+    assert not here.take(session, 1)
+    here.give_back(session, 100)
+    assert there.take(Tenant(100), 100)
+
+
+def test_of_two_that_take_at_the_same_time_one_gives_way(rows: list[SharedQuotas]) -> None:
+    here, tenant = Quotas(rows[0]), Tenant(100, b"a")
+    publish = rows[0].publish
+    seen = []
+
+    def publish_as_another_does(owner: bytes, used_bytes: int) -> bool:
+        if used_bytes:  # the other one has looked before, as this one
+            rows[1].publish(owner, 50)
+        seen.append(used_bytes)
+        return publish(owner, used_bytes)
+
+    rows[0].publish = publish_as_another_does  # type: ignore[method-assign]
+    assert not here.take(tenant, 51)
+    assert seen == [51, 0]
+    assert here.used_bytes(tenant) == 50
+    assert here.take(tenant, 50)
+
+
+def test_owners_that_find_no_place_take_nothing(rows: list[SharedQuotas]) -> None:
+    quotas = Quotas(rows[0])
+    tenants = [Tenant(100, b"%d" % number) for number in range(1024)]
+
+    assert all(quotas.take(tenant, 1) for tenant in tenants)
+    late = Tenant(100, b"late")
+    assert not quotas.take(late, 1)
+    assert quotas.used_bytes(late) == 0
+    quotas.give_back(tenants[7], 1)
+    assert quotas.take(late, 1)
+    assert Quotas(rows[1]).used_bytes(late) == 1
+    assert not quotas.take(tenants[7], 1)
+
+
+def test_answers_are_for_those_who_have_asked(rows: list[SharedQuotas]) -> None:
+    rows[2].answer(0, 5)
+
+    assert rows[0].has_answered(2, 5)
+    assert not rows[0].has_answered(2, 6)
+    assert not rows[0].has_answered(1, 5)
+    assert not rows[1].has_answered(2, 5)

@@ -65,7 +65,7 @@ def test_what_is_given_for_all_is_shared_out() -> None:
     assert options["device_memory_bytes"] == 500  # of two on the card
     assert options["shared_memory_bytes"] == 150  # of six on the host
     assert options["threads"] == 1
-    # nothing, the default, or each one's own: as given
+    # nothing, the default, or counted together: as given
     assert not {"resident_memory_bytes", "spill_memory_bytes", "tenant_bytes"} & set(options)
 
 
@@ -104,7 +104,14 @@ def test_a_path_that_has_no_room_for_a_number_is_refused(tmp_path: Path) -> None
 
 def test_orders_reach_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = WorkerOrders(
-        "1", 5, None, 2, 30.0, {"plan_store": Path("/a"), "addresses": ("b", "c"), "threads": 2}
+        name="1",
+        link=5,
+        metrics=None,
+        quotas=None,
+        card_parts_count=2,
+        is_plan_store_lasting=True,
+        watchdog_s=30.0,
+        options={"plan_store": Path("/a"), "addresses": ("b", "c"), "threads": 2},
     )
     for name, value in orders.to_environment().items():
         monkeypatch.setenv(name, value)

@@ -52,9 +52,9 @@ try:
     from deconvd_server.daemon import Daemon
     from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
     from deconvd_server.shutdown import Drainer, exit_process, run
-    from deconvd_server.supervision.devices import devices_of
-    from deconvd_server.supervision.layout import worker_places
+    from deconvd_server.supervision.layout import WorkerPlace, describe_places
     from deconvd_server.supervision.orders import WorkerOrders
+    from deconvd_server.supervision.process_choice import ProcessChoice, choose_processes
     from deconvd_server.supervision.supervise import supervise
     from deconvd_server.supervision.worker_link import open_link
 except ModuleNotFoundError as missing:
@@ -187,7 +187,7 @@ def main(
     takes_direct_calls: bool,
     direct_port: int,
     device: str,
-    processes: int,
+    processes: int | None,  # noqa: ARG001 - for the choice of processes, which has all options
     worker_port: int,  # noqa: ARG001 - for the supervisor, which has all options
     threads: int | None,
     device_memory_bytes: int | None,
@@ -218,7 +218,7 @@ def main(
     Where a default is a part of the memory, that is the memory of the host, or the limit of the
     cgroup if that is less, as in a container. The same holds for processors. With several processes
     (--processes), that is for all together, and what is given as a number is, too, except for
-    --tenant-bytes and --max-message-bytes.
+    --max-message-bytes.
 
     Exit codes: 0 after a drain, 1 if the server cannot start, 2 if an option is wrong, 3 if the
     server must be restarted, 4 after a drain that cut calls short, 5 if a GPU hangs. README.md has
@@ -248,8 +248,12 @@ def main(
     systemd = SystemdNotifier(os.environ if parent is None and orders is None else {})
     reasons = ExitReasons(is_worker=orders is not None)
     watch = start_parent_watch(parent, addresses)
-    if orders is None and processes:
-        _supervise_if_several(context.params, policy, reasons, systemd, log_handler, watch)
+    why_one = ""
+    if orders is None:
+        choice = _choose_processes(context.params)
+        why_one = choice.reason
+        if choice.places:
+            _supervise(context.params, choice.places, policy, reasons, systemd, log_handler, watch)
     link = None if orders is None else open_link(orders, reasons)
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
@@ -261,8 +265,9 @@ def main(
         plan_store,
         on_lost=reasons.put,
         card_parts_count=1 if orders is None else orders.card_parts_count,
+        is_plan_store_lasting=orders is None or orders.is_plan_store_lasting,
     )
-    open_all: Callable[[], Sequence[Device]] = partial(open_devices, device, devices)
+    open_all: Callable[[], Sequence[Device]] = partial(_open_all, device, devices, why_one)
     if max_message_bytes is None:
         max_message_bytes = machine.largest_message_bytes
     if shared_memory_bytes is None:
@@ -338,24 +343,38 @@ def main(
     )
 
 
-def _supervise_if_several(
+def _choose_processes(options: dict[str, Any]) -> ProcessChoice:
+    try:
+        return choose_processes(options)
+    except (DeviceUnavailableError, DeconvdError) as error:
+        _exit_with_error(error)
+
+
+def _supervise(
     options: dict[str, Any],
+    places: Sequence[WorkerPlace],
     policy: AccessPolicy,
     reasons: ExitReasons,
     systemd: SystemdNotifier,
     log_handler: LogHandler,
     watch: ParentWatch | None,
-) -> None:
-    """Serve with several processes, and do not return, if the options ask for more than one."""
+) -> NoReturn:
+    """Serve with several processes, and exit."""
+    _log.info("%s", describe_places(places))
     try:
-        places = worker_places(options["processes"], devices_of(options["device"]))
-        if len(places) == 1:
-            return
         code = supervise(options, places, policy, reasons, systemd, log_handler.write_repeats)
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         _exit_with_error(error)
     _end(watch, None, 0)
     exit_process(code)
+
+
+def _open_all(name: str, settings: DeviceSettings, why_one: str) -> Sequence[Device]:
+    """Open all devices in this process, and say why it is this one alone, unless an option says so."""
+    devices = open_devices(name, settings)
+    if why_one and len(devices) > 1:
+        _log.info("one process serves all %d GPUs: %s", len(devices), why_one)
+    return devices
 
 
 def _end(watch: ParentWatch | None, tracer: CallTracer | None, timeout_s: float) -> None:

@@ -74,7 +74,8 @@ _OPTIONS: Final = (
         default=None,
         show_default="no quota: the least recently used are evicted",
         help="How much memory the residents of one identity may take: the name of a token or a certificate. Of callers "
-        "without one, those that send the same tenant key count together, and else each connection.",
+        "without one, those that send the same tenant key count together, and else each connection. It is for all "
+        "processes of the server together; a connection that is counted alone may have as much in each.",
     ),
     click.option(
         "--session-lease-s",

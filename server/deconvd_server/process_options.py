@@ -11,8 +11,6 @@ __all__ = ["add_process_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_DEFAULT_COUNT: Final = 0
-
 _MOST_COUNT: Final = 64
 
 _OPTIONS: Final = (
@@ -20,10 +18,11 @@ _OPTIONS: Final = (
         "--processes",
         type=click.IntRange(0, _MOST_COUNT),
         metavar="N",
-        default=_DEFAULT_COUNT,
-        show_default="one for all devices together" if _DEFAULT_COUNT == 0 else True,
+        default=None,
+        show_default="one for each GPU if there are several, and else one alone",
         help="In how many processes to serve: for each GPU, or in all on the processor. A further process starts them, "
-        "and starts again those that end. They share the memory and the processors. 0: one for all devices together.",
+        "and starts again those that end. They share the memory and the processors. 0: one for all devices together, "
+        "as is the default with --parent, and with a --direct-port without --worker-port.",
     ),
     click.option(
         "--worker-port",

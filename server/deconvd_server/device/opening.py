@@ -32,6 +32,7 @@ class DeviceSettings:
         plan_store: Folder where plans for cards are stored; None to forget them with the process.
         on_lost: Called, from any thread, when a card must be reset, which only a new process recovers from.
         card_parts_count: How many processes share each card's memory: the default limit is a part of it.
+        is_plan_store_lasting: Whether the folder of plans outlives the server.
     """
 
     threads_count: int | None
@@ -39,6 +40,7 @@ class DeviceSettings:
     plan_store: Path | None
     on_lost: Callable[[DeviceLostError], None]
     card_parts_count: int = 1
+    is_plan_store_lasting: bool = True
 
 
 def check_device_name(name: str) -> None:
@@ -81,6 +83,8 @@ def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
 def device_ids(name: str) -> list[str]:
     """Return the ids of the devices that `open_devices` would open. No card is opened, but CUDA is loaded.
 
+    If a card is too old, that is so for all of them, as where one process opens them.
+
     Raises:
         InvalidArgumentError, DeviceUnavailableError: As `open_devices`.
     """
@@ -88,12 +92,15 @@ def device_ids(name: str) -> list[str]:
     if name == "cpu":
         return [name]
     try:
-        return [f"cuda:{ordinal}" for ordinal in _ordinals("cuda" if name == "auto" else name)]
+        ordinals = _ordinals("cuda" if name == "auto" else name)
+        for ordinal in ordinals:
+            cuda.check_device(ordinal)
     except DeviceUnavailableError as error:
         if name != "auto":
             raise
-        _log.info("computing on the processor, since there is no GPU: %s", error)
+        _log.info("computing on the processor, since no GPU can be used: %s", error)
         return ["cpu"]
+    return [f"cuda:{ordinal}" for ordinal in ordinals]
 
 
 def _open_processor(settings: DeviceSettings) -> Device:
@@ -108,6 +115,7 @@ def _open_cards(ordinals: Sequence[int], settings: DeviceSettings) -> list[Devic
             plan_store=settings.plan_store,
             on_lost=settings.on_lost,
             parts_count=settings.card_parts_count,
+            is_plan_store_lasting=settings.is_plan_store_lasting,
         )
         for ordinal in ordinals
     ]

@@ -11,6 +11,7 @@ from typing import Final
 
 from deconvd.model.problem import TensorSpec
 from deconvd_server.residents.tenant import Tenant
+from deconvd_server.resources.shared_quotas import SharedQuotas
 
 __all__ = ["Quotas", "counted_bytes", "names_limit"]
 
@@ -42,19 +43,27 @@ class Quotas:
 
     The tenants of one owner have equal parts of its quota, in this sense: one that uses more gives way to one that
     needs room, as far as its tensors can be sent again.
+
+    Args:
+        shared: What owners use in other processes, which counts as well; None if there are none. Parts are those of the
+            tenants in this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedQuotas | None = None) -> None:
+        self._shared = shared
         self._used_bytes: Counter[Hashable] = Counter()  # by owner
         self._tenants: dict[Hashable, Counter[Tenant]] = {}  # what each tenant of an owner uses
 
     def used_bytes(self, tenant: Tenant) -> int:
-        """Return how much of its quota a tenant's owner uses."""
-        return self._used_bytes[tenant.owner]
+        """Return how much of its quota a tenant's owner uses, in all processes."""
+        others_bytes = 0
+        if self._shared is not None and tenant.shared_key:
+            others_bytes = sum(self._shared.used_by_others(tenant.shared_key))
+        return self._used_bytes[tenant.owner] + others_bytes
 
     def have_room(self, tenant: Tenant, size_bytes: int) -> bool:
         """Return whether the quota of a tenant's owner has room for that many more bytes."""
-        return self._used_bytes[tenant.owner] + size_bytes <= tenant.quota_bytes
+        return self.used_bytes(tenant) + size_bytes <= tenant.quota_bytes
 
     def is_within_part(self, tenant: Tenant, size_bytes: int) -> bool:
         """Return whether a tenant would be within its part with that many more bytes."""
@@ -64,10 +73,17 @@ class Quotas:
         """Return whether another tenant of the same owner uses more than its part, as a tenant sees that needs room."""
         return self._tenants_like(tenant)[other] > self._part(tenant)
 
-    def take(self, tenant: Tenant, size_bytes: int) -> None:
-        """Charge bytes to the quota of a tenant's owner."""
+    def take(self, tenant: Tenant, size_bytes: int) -> bool:
+        """Charge bytes to the quota of a tenant's owner, if it has room for them. Return whether it has."""
+        if not self.have_room(tenant, size_bytes):
+            return False
         self._used_bytes[tenant.owner] += size_bytes
         self._tenants.setdefault(tenant.owner, Counter())[tenant] += size_bytes
+        # looked at again once the others can see it: one of them may have taken the room in between
+        if self._publish(tenant) and self.have_room(tenant, 0):
+            return True
+        self.give_back(tenant, size_bytes)
+        return False
 
     def give_back(self, tenant: Tenant, size_bytes: int) -> None:
         """Take back a charge."""
@@ -79,6 +95,13 @@ class Quotas:
             del tenants[tenant]
         if not tenants:
             del self._used_bytes[owner], self._tenants[owner]
+        self._publish(tenant)
+
+    def _publish(self, tenant: Tenant) -> bool:
+        """Tell other processes what a tenant's owner uses here. Return whether that is possible."""
+        if self._shared is None or not tenant.shared_key:
+            return True
+        return self._shared.publish(tenant.shared_key, self._used_bytes[tenant.owner])
 
     def _tenants_like(self, tenant: Tenant) -> Counter[Tenant]:
         """Return what each tenant of a tenant's owner uses."""

@@ -30,6 +30,7 @@ from deconvd_server.residents.quotas import Quotas, counted_bytes, names_limit
 from deconvd_server.residents.tenant import Session, SessionState, Tenant
 from deconvd_server.residents.uses import ResidentUse
 from deconvd_server.resources.capabilities import CapabilityTable
+from deconvd_server.resources.shared_quotas import QUOTA_SHARING
 from deconvd_server.resources.worker_table import WORKERS
 
 __all__ = ["ResidentRegistry"]
@@ -39,6 +40,9 @@ _POLL_PERIOD_S = 0.05
 
 _BATCH_COUNT: Final = 64
 """Largest number of names or contents handled while the lock is held: others wait for less than a millisecond."""
+
+_MOST_TRIES_COUNT: Final = 8
+"""How often room in a quota is made that somebody else takes at once."""
 
 _T = TypeVar("_T")
 
@@ -65,7 +69,7 @@ class ResidentRegistry:
         self._names_by_session: dict[Session, set[bytes]] = {}
         # tensors that can be named by their content: the key is the digest and the TensorSpec
         self._contents: dict[Tenant, dict[Hashable, ResidentEntry]] = {}
-        self._quotas = Quotas()
+        self._quotas = Quotas(QUOTA_SHARING.quotas)
         self._placement = Placement(
             engines,
             self._changed,
@@ -74,6 +78,7 @@ class ResidentRegistry:
             limit_bytes=limit_bytes,
             host_bytes=host_bytes,
         )
+        QUOTA_SHARING.start_serving(self.give_room)
 
     def names_of(self, session: Session) -> frozenset[bytes]:
         """Return all names of a session."""
@@ -98,7 +103,7 @@ class ResidentRegistry:
             UnavailableError: Calls use the memory now.
         """
         size_bytes = counted_bytes(spec)
-        self._take_quota(session, size_bytes)
+        self._take_quota(session, size_bytes, call)
         try:
             return self._placement.make(session.tenant, spec, engine, call)
         except BaseException:
@@ -264,8 +269,44 @@ class ResidentRegistry:
                 entry.acquire()
             return entry
 
-    def _take_quota(self, session: Session, size_bytes: int) -> None:
-        """Charge bytes to the quota of a session's tenant.
+    def give_room(self, owner: bytes, size_bytes: int) -> None:
+        """Drop tensors for another process, until an owner's quota has room there: those with a content but no name.
+
+        Args:
+            owner: The `Tenant.shared_key` of tenants.
+        """
+        with self._changed:
+            tenants = [tenant for tenant in self._contents if tenant.shared_key == owner]
+            contents = [entry for tenant in tenants for entry in self._contents_of(tenant)]
+        for batch in _batches(contents):
+            with self._changed:
+                for entry in batch:
+                    if self._quotas.have_room(entry.tenant, size_bytes):
+                        return
+                    self._drop_if_idle(entry)
+            self._placement.sweep()
+
+    def _take_quota(self, session: Session, size_bytes: int, call: CallContext) -> None:
+        """Charge bytes to the quota of a session's tenant, for which other processes may have to make room, too."""
+        tenant = session.tenant
+        for _ in range(_MOST_TRIES_COUNT):
+            if self._take_own_quota(session, size_bytes):
+                return
+            can_ever_fit = size_bytes <= tenant.quota_bytes
+            if not (tenant.shared_key and can_ever_fit) or not QUOTA_SHARING.request_room(
+                tenant.shared_key,
+                size_bytes,
+                lambda: self._quotas.have_room(tenant, size_bytes),
+                call.check,
+            ):
+                break
+        raise ExhaustedError(
+            f"a tenant may keep {tenant.quota_bytes} bytes of resident tensors, and this one keeps "
+            f"{self.used_bytes(tenant)}: {size_bytes} more are over its quota"
+        )
+
+    def _take_own_quota(self, session: Session, size_bytes: int) -> bool:
+        """Charge bytes to the quota of a session's tenant, as far as this process can. Return whether it could.
 
         If the quota is full, tensors that have a content but no name are dropped, the least recently used
         first: the client can send those again. These are the tenant's own, and those of tenants of the same
@@ -276,17 +317,13 @@ class ResidentRegistry:
         while True:
             with self._changed:
                 _check_alive(session)
-                if self._quotas.have_room(tenant, size_bytes):
-                    self._quotas.take(tenant, size_bytes)
-                    return
+                if self._quotas.take(tenant, size_bytes):
+                    return True
                 if contents is None:
                     contents = iter(self._droppable_for(tenant, size_bytes))
                 batch = tuple(islice(contents, _BATCH_COUNT))
                 if not batch or size_bytes > tenant.quota_bytes:
-                    raise ExhaustedError(
-                        f"a tenant may keep {tenant.quota_bytes} bytes of resident tensors, and this one keeps "
-                        f"{self._quotas.used_bytes(tenant)}: {size_bytes} more are over its quota"
-                    )
+                    return False
                 for entry in batch:
                     if self._quotas.have_room(tenant, size_bytes):
                         break
@@ -294,10 +331,14 @@ class ResidentRegistry:
                         entry.tenant, tenant
                     ):
                         continue
-                    if entry.is_idle and not entry.names:
-                        entry.tier.note_eviction(tenant)
-                        self._placement.drop(entry)
+                    self._drop_if_idle(entry)
             self._placement.sweep()
+
+    def _drop_if_idle(self, entry: ResidentEntry) -> None:
+        """Drop a tensor that has a content, unless it has a name or a user, for other tensors of its owner."""
+        if entry.is_idle and not entry.names:
+            entry.tier.note_eviction(entry.tenant)
+            self._placement.drop(entry)
 
     def _droppable_for(self, tenant: Tenant, size_bytes: int) -> Sequence[ResidentEntry]:
         """Return the tensors with a content that may make room in the quota of a tenant, in this order.

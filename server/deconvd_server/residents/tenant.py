@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from enum import StrEnum
 
 from deconvd_server.call.context import CallContext
 from deconvd_server.resources.fair_shares import PeerPlace
+from deconvd_server.resources.shared_quotas import OWNER_BYTES
 
 __all__ = ["Session", "SessionState", "Tenant", "tenant_of"]
 
@@ -41,6 +43,12 @@ class Tenant:
         All tenants of one identity have one owner, so that an identity gets no more by using several keys.
         """
         return self.identity or self
+
+    @property
+    def shared_key(self) -> bytes:
+        """By which other processes of the server know its owner. Empty for a session that is its own tenant."""
+        kind, name = (b"identity", self.identity.encode()) if self.identity else (b"key", self.key)
+        return hashlib.blake2b(name, digest_size=OWNER_BYTES, person=kind).digest() if name else b""
 
 
 class SessionState(StrEnum):

@@ -11,7 +11,16 @@ from deconvd.host.system import MAX_UNIX_PATH_BYTES, is_valid_unix_path
 from deconvd_server.resources.worker_table import MAX_WORKERS_COUNT
 from deconvd_server.transports.listen import host_of, side_hosts, unix_path_to_bind
 
-__all__ = ["WorkerPlace", "check_ports", "own_addresses", "own_options", "worker_places"]
+__all__ = [
+    "WorkerPlace",
+    "check_layout",
+    "check_ports",
+    "describe_places",
+    "own_addresses",
+    "own_options",
+    "tcp_addresses",
+    "worker_places",
+]
 
 _LAST_PORT: Final = 65535
 
@@ -59,11 +68,60 @@ def worker_places(processes_count: int, devices: Sequence[str]) -> list[WorkerPl
     ]
 
 
+def describe_places(places: Sequence[WorkerPlace]) -> str:
+    """Return in words which workers there will be, for the log."""
+    devices = list(dict.fromkeys(place.device for place in places))
+    each = f" for each of {', '.join(devices)}" if len(devices) > 1 else f" on {devices[0]}"
+    count = len(places) // len(devices)
+    return f"{count} {'process' if count == 1 else 'processes'}{each} (--processes)"
+
+
+def tcp_addresses(addresses: Sequence[str]) -> list[str]:
+    """Return those addresses to listen on that are no Unix sockets."""
+    return [address for address in addresses if host_of(address) is not None]
+
+
+def check_layout(options: Mapping[str, Any], count: int) -> None:
+    """Raise InvalidArgumentError unless each of several workers can have the ports and paths that the options say.
+
+    Args:
+        options: The values of all options of the command, by the names of the parameters.
+        count: How many workers there are.
+    """
+    for name in range(count):
+        own_addresses(options["addresses"], str(name), 0)
+    tcp = tcp_addresses(options["addresses"])
+    users: dict[int, str] = {}
+    for address in tcp:
+        users[int(address.rpartition(":")[2])] = "--listen"
+    users |= {options[option] or 0: _word(option) for option in ("health_port", "metrics_port")}
+    ranges = ["worker_port"] if tcp else []
+    if tcp and options["takes_direct_calls"]:
+        ranges.append("direct_port")
+    for option in ranges:
+        first = options[option]
+        check_ports(option, first, count)
+        ports = range(first, first + count) if first else range(0)
+        for port in ports:
+            if port in users:
+                raise InvalidArgumentError(
+                    f"{_word(option)} must leave a port for each of {count} processes, and {users[port]} has "
+                    f"{port}, got {first}",
+                    argument=option,
+                )
+        users |= dict.fromkeys(ports, _word(option))
+
+
+def _word(option: str) -> str:
+    """Return an option as it is given."""
+    return f"--{option.replace('_', '-')}"
+
+
 def check_ports(option: str, first: int, count: int) -> None:
     """Raise InvalidArgumentError if ports that follow each other would not all be ports."""
     if first and first + count - 1 > _LAST_PORT:
         raise InvalidArgumentError(
-            f"--{option.replace('_', '-')} must leave a port for each of {count} processes, up to {_LAST_PORT}, "
+            f"{_word(option)} must leave a port for each of {count} processes, up to {_LAST_PORT}, "
             f"got {first}",
             argument=option,
         )
@@ -80,7 +138,7 @@ def own_addresses(addresses: Sequence[str], name: str, grpc_port: int) -> list[s
     Raises:
         InvalidArgumentError: A Unix path is too long for a worker's own one, or is no path to bind.
     """
-    tcp = [address for address in addresses if host_of(address) is not None]
+    tcp = tcp_addresses(addresses)
     own = [f"{host}:{grpc_port}" for host in side_hosts(tcp)] if tcp else []
     for address in addresses:
         if host_of(address) is None:

@@ -6,9 +6,11 @@
 | worker | A, its threads that all calls need run | its entry in the table, as of now |
 | worker | L, what its direct connections are | a `ConnectionLoad`, as two numbers of 8 bytes |
 | worker | H, a client needs a home | anything that tells the request from others |
+| worker | Q, a tenant's quota needs room | what the others need to know of it |
 | worker | S, it is about to end | |
 | supervisor | T, the table of all workers | a `GetServerInfoResponse` with `workers` alone |
 | supervisor | H, the home of a client | what the request had, and the name of a worker, which may be empty |
+| supervisor | Q, another worker needs room in a tenant's quota | what that one has said |
 | supervisor | D, drain; C, cancel the calls that the drain waits for | |
 
 The end of a link is the end of the process at its other end.
@@ -45,6 +47,7 @@ class Packet(bytes, Enum):
     ALIVE = b"A"
     LOAD = b"L"
     HOME = b"H"
+    ROOM = b"Q"
     STOPPING = b"S"
     TABLE = b"T"
     DRAIN = b"D"
@@ -55,12 +58,16 @@ _REQUESTS: Final = {Packet.DRAIN: StopRequest.DRAIN, Packet.CUT: StopRequest.CUT
 
 
 def start_link_thread(
-    link: socket.socket, reasons: ExitReasons, on_home: Callable[[bytes], None]
+    link: socket.socket,
+    reasons: ExitReasons,
+    on_home: Callable[[bytes], None],
+    on_room: Callable[[bytes], None],
 ) -> None:
     """Do what the supervisor says, in a thread of its own; drain if it ends.
 
     Args:
         on_home: Called with the contents of its answer to a request for a home.
+        on_room: Called with the request of another worker for room in a quota.
     """
 
     def run() -> None:
@@ -70,6 +77,8 @@ def start_link_thread(
                 WORKERS.workers = pb.GetServerInfoResponse.FromString(packet[1:]).workers
             elif letter is Packet.HOME:
                 on_home(packet[1:])
+            elif letter is Packet.ROOM:
+                on_room(packet[1:])
             else:
                 reasons.put(_REQUESTS[letter])
         _log.warning("the supervisor has ended")
@@ -136,6 +145,10 @@ class LinkNotifier:
         """
         self.tell_load()
         self._send(Packet.HOME, number)
+
+    def request_room(self, request: bytes) -> None:
+        """Ask all other workers for room in a tenant's quota. Any thread may do so."""
+        self._send(Packet.ROOM, request)
 
     def tell_load(self) -> None:
         """Tell what the direct connections are. Any thread may do so."""

@@ -26,7 +26,9 @@ class WorkerOrders:
         name: Its name, which is its number.
         link: The descriptor of its link to the supervisor.
         metrics: The descriptor by which the supervisor asks for metrics; None if nobody does.
+        quotas: The descriptor of the memory in which all workers count what tenants use; None if there are no quotas.
         card_parts_count: How many workers share the memory of its card.
+        is_plan_store_lasting: Whether the folder of plans outlives the supervisor.
         watchdog_s: How long its main thread may be silent.
         options: Values for options of the command, by the names of the parameters, in place of those that were given.
     """
@@ -34,7 +36,9 @@ class WorkerOrders:
     name: str
     link: int
     metrics: int | None
+    quotas: int | None
     card_parts_count: int
+    is_plan_store_lasting: bool
     watchdog_s: float
     options: Mapping[str, Any]
 

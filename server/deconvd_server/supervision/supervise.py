@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from socket import socket
 from typing import Any, Final
 
@@ -19,13 +16,15 @@ from deconvd_server.access_options import AccessPolicy
 from deconvd_server.address_lines import print_addresses
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
+from deconvd_server.resources.shared_quotas import SharedQuotas, create_shared_quotas
 from deconvd_server.resources.systemd import SystemdNotifier
 from deconvd_server.supervision.layout import (
     WorkerPlace,
-    check_ports,
     own_addresses,
     own_options,
+    tcp_addresses,
 )
+from deconvd_server.supervision.plans_folder import PlansFolder, temporary_plans_folder
 from deconvd_server.supervision.shared_path import SharedPath
 from deconvd_server.supervision.supervisor import Supervisor
 from deconvd_server.supervision.worker import Worker
@@ -55,7 +54,7 @@ def supervise(
 
     Args:
         options: The values of all options of the command, by the names of the parameters.
-        places: The workers.
+        places: The workers. Their ports and paths have been checked: see `check_layout`.
         policy: Who may call.
         reasons: Has the signals.
         notifier: Tells systemd what it wants to know.
@@ -64,25 +63,29 @@ def supervise(
     Raises:
         InvalidArgumentError: An option is not possible with so many processes.
         AddressInUseError: Another process has an address or a port.
-        OSError: An address is refused for another reason, or there is no folder for plans.
+        OSError: An address is refused for another reason.
     """
-    check_ports("direct_port", options["direct_port"], len(places))
-    check_ports("worker_port", options["worker_port"], len(places))
     with ExitStack() as stack:
         keeper = _PortKeeper(stack)
         addresses = [keeper.keep(address) for address in options["addresses"]]
         unix = [address for address in addresses if host_of(address) is None]
         paths = [stack.enter_context(_shared_path(address)) for address in unix]
-        plan_store = options["plan_store"]
-        if plan_store is None and any(place.device != "cpu" for place in places):
-            plan_store = stack.enter_context(_folder_of_plans())
+        plans = None
+        if options["plan_store"] is None and any(place.device != "cpu" for place in places):
+            plans = stack.enter_context(temporary_plans_folder())
+        quotas = None
+        if options["tenant_bytes"] is not None:
+            quotas = create_shared_quotas(len(places))
+            stack.callback(os.close, quotas)
         workers = [
             _make_worker(
                 place,
                 number,
                 addresses,
                 keeper,
-                {**options, "plan_store": plan_store},
+                options,
+                plans,
+                quotas,
                 len(places),
                 notifier,
             )
@@ -101,6 +104,7 @@ def supervise(
         supervisor = Supervisor(
             workers,
             paths,
+            None if quotas is None else SharedQuotas(quotas),
             health,
             reasons,
             notifier,
@@ -140,10 +144,12 @@ def _make_worker(
     addresses: Sequence[str],
     keeper: _PortKeeper,
     options: Mapping[str, Any],
+    plans: PlansFolder | None,
+    quotas: int | None,
     workers_count: int,
     notifier: SystemdNotifier,
 ) -> Worker:
-    tcp = [address for address in addresses if host_of(address) is not None]
+    tcp = tcp_addresses(addresses)
     hosts = [f"{host}:0" for host in side_hosts(tcp)] if tcp else []
     first = options["worker_port"]
     grpc_port = keeper.keep_port(hosts, first and first + number, "calls of one process")
@@ -154,12 +160,14 @@ def _make_worker(
     own = own_options(options, place, workers_count)
     own["addresses"] = [*tcp, *own_addresses(addresses, place.name, grpc_port)]
     own["direct_port"] = direct_port
-    own["plan_store"] = options["plan_store"]
+    own["plan_store"] = options["plan_store"] if plans is None else plans.path
     is_watched = notifier.watchdog_s < math.inf
     return Worker(
         place,
         grpc_port,
         own,
+        plans,
+        quotas,
         has_metrics=options["metrics_port"] is not None,
         watchdog_s=notifier.watchdog_s if is_watched else _HUNG_S,
         drain_s=options["drain_delay_s"] + options["drain_timeout_s"],
@@ -224,15 +232,3 @@ def _shared_path(address: str) -> Iterator[SharedPath]:
         yield path
     finally:
         path.remove()
-
-
-@contextmanager
-def _folder_of_plans() -> Iterator[Path]:
-    """Make a folder for the workers' plans, so that none dies at what another has died at. It goes with the block."""
-    folder = tempfile.mkdtemp(prefix="deconvd-plans-")
-    # compiled kernels outlive it, where they are without a folder of plans
-    os.environ.setdefault("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.device.faults import DeviceLostError
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import ExitReasons, ServingLostError
+from deconvd_server.resources.shared_quotas import SharedQuotas
 from deconvd_server.resources.systemd import SystemdNotifier
 from deconvd_server.supervision.home_claims import HomeClaims
 from deconvd_server.supervision.link import Packet
@@ -53,6 +54,7 @@ class Supervisor:
     Args:
         workers: The workers.
         paths: The shared Unix paths, in the order of each worker's own ones.
+        quotas: What tenants use in each worker; None if they have no quotas.
         health: SERVING while at least one worker serves.
         reasons: Has the signals.
         notifier: Told of the same as for a server alone.
@@ -65,6 +67,7 @@ class Supervisor:
         self,
         workers: Sequence[Worker],
         paths: Sequence[SharedPath],
+        quotas: SharedQuotas | None,
         health: Health,
         reasons: ExitReasons,
         notifier: SystemdNotifier,
@@ -75,6 +78,7 @@ class Supervisor:
     ) -> None:
         self._workers = workers
         self._paths = paths
+        self._quotas = quotas
         self._health = health
         self._reasons = reasons
         self._notifier = notifier
@@ -114,8 +118,11 @@ class Supervisor:
             self._claims.note_load(worker.place.name, worker.load)
             if worker.reap(is_draining=self._is_draining):
                 self._claims.forget(worker.place.name)
+                if self._quotas is not None:
+                    self._quotas.clear(int(worker.place.name))
                 has_changed = True
         self._give_homes()
+        self._pass_room_requests_on()
         if time.monotonic() >= self._next_tick_s:
             self._tick()
         # a worker that says nothing any more changes as well
@@ -130,6 +137,14 @@ class Supervisor:
         serving = {w.place.name: w.place.device for w in self._workers if w.is_serving}
         for worker in self._workers:
             worker.answer_home_requests(lambda: self._claims.claim(serving, time.monotonic()))
+
+    def _pass_room_requests_on(self) -> None:
+        for worker in self._workers:
+            for request in worker.room_requests:
+                for other in self._workers:
+                    if other is not worker:
+                        other.pass_on(request)
+            worker.room_requests.clear()
 
     def _wait(self) -> str | None:
         with selectors.DefaultSelector() as selector:

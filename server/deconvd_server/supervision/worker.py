@@ -23,6 +23,7 @@ from deconvd_server.supervision.layout import WorkerPlace
 from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load
 from deconvd_server.supervision.metrics_channel import MetricsChannel
 from deconvd_server.supervision.orders import WorkerOrders
+from deconvd_server.supervision.plans_folder import PlansFolder
 
 __all__ = ["ENDS_OF_DRAIN", "Worker", "WorkerState"]
 
@@ -75,11 +76,14 @@ class Worker:
         restarts_count: How many processes it has had after the first.
         has_served: Whether one of them has served.
         load: What its direct connections are, as it has told last.
+        room_requests: Its requests for room in tenants' quotas, which the others have not been told yet.
         home_requests: The numbers of its requests for clients' homes that were not answered yet.
 
     Args:
         grpc_port: Its own port, or 0.
         options: Its own values for options of the command.
+        plans: The folder of plans that ends with the supervisor; None if there is another one, or none.
+        quotas: The descriptor of the memory in which all workers count what tenants use; None if there is none.
         has_metrics: Whether it will be asked for metrics.
         watchdog_s: How long it may be silent before it is killed.
         drain_s: How much longer it may take to end once it has said that it is about to.
@@ -91,6 +95,8 @@ class Worker:
         place: WorkerPlace,
         grpc_port: int,
         options: Mapping[str, Any],
+        plans: PlansFolder | None,
+        quotas: int | None,
         *,
         has_metrics: bool,
         watchdog_s: float,
@@ -106,8 +112,11 @@ class Worker:
         self.has_served = False
         self.load = ConnectionLoad(0, 0)
         self.home_requests: list[bytes] = []
+        self.room_requests: list[bytes] = []
         self._message = pb.Worker(name=place.name, grpc_port=grpc_port, devices=[place.device])
         self._options = options
+        self._plans = plans
+        self._quotas = quotas
         self._has_metrics = has_metrics
         self._watchdog_s = watchdog_s
         self._drain_s = drain_s
@@ -175,11 +184,18 @@ class Worker:
             name=self.place.name,
             link=link_end.fileno(),
             metrics=None if metrics_end is None else metrics_end.fileno(),
+            quotas=self._quotas,
             card_parts_count=self.place.sharers_count,
+            is_plan_store_lasting=self._plans is None,
             watchdog_s=self._watchdog_s,
             options=self._options,
         )
         ends = [end for end in (link_end, metrics_end) if end is not None]
+        inherited = [end.fileno() for end in ends]
+        if self._plans is not None:
+            inherited.append(self._plans.descriptor)
+        if self._quotas is not None:
+            inherited.append(self._quotas)
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, *sys.orig_argv[1:]],
@@ -190,7 +206,7 @@ class Worker:
                     PARTS_VARIABLE: str(self._workers_count),
                     **orders.to_environment(),
                 },
-                pass_fds=[end.fileno() for end in ends],
+                pass_fds=inherited,
                 process_group=0,  # Ctrl-C is for the supervisor
             )
         except OSError as error:
@@ -233,6 +249,7 @@ class Worker:
         if letter not in (
             Packet.LOAD,
             Packet.HOME,
+            Packet.ROOM,
         ):  # which other threads send than those that may hang
             self._alive_s = time.monotonic()
         if letter in (Packet.READY, Packet.ALIVE):
@@ -249,6 +266,8 @@ class Worker:
             self.load = parse_load(contents)
         elif letter is Packet.HOME:
             self.home_requests.append(contents)
+        elif letter is Packet.ROOM:
+            self.room_requests.append(contents)
         elif letter is Packet.STOPPING:
             self.state = WorkerState.STOPPING
         has_changed = self._message.active_connections_count != was_active_count
@@ -265,6 +284,10 @@ class Worker:
         for number in self.home_requests:
             self._send(Packet.HOME.value + number + choose().encode())
         self.home_requests.clear()
+
+    def pass_on(self, room_request: bytes) -> None:
+        """Tell it that another worker needs room in a tenant's quota."""
+        self._send(Packet.ROOM.value + room_request)
 
     def tell_table(self, table: bytes) -> None:
         """Tell it of all workers. If it does not read now, `owes_table` is true afterwards."""

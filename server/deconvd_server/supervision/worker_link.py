@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from functools import partial
 
 from deconvd_server.daemon import Daemon
 from deconvd_server.exit_reasons import ExitReasons
+from deconvd_server.resources.shared_quotas import QUOTA_SHARING, SharedQuotas
 from deconvd_server.resources.systemd import Notifier
 from deconvd_server.resources.worker_table import WORKERS
 from deconvd_server.supervision.home_requests import HomeRequests
 from deconvd_server.supervision.link import LinkNotifier, start_link_thread
 from deconvd_server.supervision.orders import WorkerOrders
+from deconvd_server.supervision.room_requests import RoomRequests
 
 __all__ = ["WorkerLink", "open_link"]
 
@@ -23,7 +26,13 @@ class WorkerLink:
         self._orders = orders
         self._link = socket.socket(fileno=orders.link)
         self._homes = HomeRequests()
-        start_link_thread(self._link, reasons, self._homes.note_answer)
+        self._rooms: RoomRequests | None = None
+        if orders.quotas is not None:
+            QUOTA_SHARING.quotas = SharedQuotas(orders.quotas, int(orders.name))
+            os.close(orders.quotas)
+            self._rooms = RoomRequests(QUOTA_SHARING.quotas)
+            QUOTA_SHARING.start_serving = self._rooms.start_serving
+        start_link_thread(self._link, reasons, self._homes.note_answer, self._note_room_request)
 
     def notifier(self, daemon: Daemon) -> Notifier:
         """Return what tells the supervisor how a daemon is, which serves. Answer the supervisor from now on."""
@@ -40,7 +49,13 @@ class WorkerLink:
         )
         WORKERS.tell_load = notifier.tell_load
         WORKERS.request_home = partial(self._homes.request, notifier.request_home)
+        if self._rooms is not None:
+            QUOTA_SHARING.request_room = partial(self._rooms.request, notifier.request_room)
         return notifier
+
+    def _note_room_request(self, request: bytes) -> None:
+        if self._rooms is not None:
+            self._rooms.note_request(request)
 
 
 def open_link(orders: WorkerOrders, reasons: ExitReasons) -> WorkerLink:

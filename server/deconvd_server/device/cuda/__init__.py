@@ -14,7 +14,13 @@ from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 if TYPE_CHECKING:
     from deconvd_server.device.cuda.device import CudaDevice
 
-__all__ = ["DeviceLostError", "DeviceUnavailableError", "devices_count", "open_device"]
+__all__ = [
+    "DeviceLostError",
+    "DeviceUnavailableError",
+    "check_device",
+    "devices_count",
+    "open_device",
+]
 
 
 def open_device(
@@ -24,16 +30,23 @@ def open_device(
     plan_store: Path | None = None,
     on_lost: Callable[[DeviceLostError], None] = lambda _: None,
     parts_count: int = 1,
+    is_plan_store_lasting: bool = True,
 ) -> CudaDevice:
-    """Return a card as a device. Arguments and errors are those of `CudaDevice`.
+    """Return a card as a device. The other arguments, and the errors, are those of `CudaDevice`.
 
-    Our own kernels, once compiled, are kept in the folder of plans too; without one, in the user's folder of caches.
+    Our own kernels, once compiled, are kept in the folder of plans too; without a lasting one, in the user's folder of
+    caches.
+
+    Args:
+        is_plan_store_lasting: Whether the folder of plans outlives the server.
     """
     from deconvd_server.device.cuda import kernels
     from deconvd_server.device.cuda.device import CudaDevice
 
     kernels.keep_compiled(
-        kernels.default_folder() if plan_store is None else plan_store / "kernels"
+        plan_store / "kernels"
+        if plan_store is not None and is_plan_store_lasting
+        else kernels.default_folder()
     )
     return CudaDevice(
         ordinal,
@@ -53,3 +66,10 @@ def devices_count() -> int:
     from deconvd_server.device.cuda.api.runtime import cards_count
 
     return cards_count()
+
+
+def check_device(ordinal: int) -> None:
+    """Raise DeviceUnavailableError if a card cannot be used, as far as can be told without opening it."""
+    from deconvd_server.device.cuda.api.runtime import check_card
+
+    check_card(ordinal)

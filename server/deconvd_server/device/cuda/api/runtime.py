@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ __all__ = [
     "Stream",
     "card_waits",
     "cards_count",
+    "check_card",
     "copy",
     "current_device",
     "download",
@@ -87,17 +88,35 @@ class CardProperties:
                 f"there is no card cuda:{ordinal}: this process can see {count} cards, see nvidia-smi"
             )
         self.ordinal = ordinal
-        properties = cuda_runtime.getDeviceProperties(ordinal)
+        properties = _properties(ordinal)
         self.name: str = properties["name"].decode()
-        self.capability: int = properties["major"] * 10 + properties["minor"]
+        self.capability = _capability(properties)
         self.id: bytes = card_id(bytes(properties["uuid"]))
         self.processors_count: int = properties["multiProcessorCount"]
-        if self.capability < _OLDEST_CAPABILITY:
-            raise DeviceUnavailableError(
-                f"cuda:{ordinal}, {self.name}, is too old: an Ampere card or a newer one is needed"
-            )
         with current_device(ordinal):
             self.free_bytes, self.memory_bytes = (int(size) for size in cuda_runtime.memGetInfo())
+
+
+def _properties(ordinal: int) -> Mapping[str, Any]:
+    """Return what CUDA tells of a card. Raises DeviceUnavailableError if the card is too old."""
+    properties: Mapping[str, Any] = cuda_runtime.getDeviceProperties(ordinal)
+    if _capability(properties) < _OLDEST_CAPABILITY:
+        raise DeviceUnavailableError(
+            f"cuda:{ordinal}, {properties['name'].decode()}, is too old: an Ampere card or a newer one is needed"
+        )
+    return properties
+
+
+def _capability(properties: Mapping[str, Any]) -> int:
+    return int(properties["major"] * 10 + properties["minor"])
+
+
+def check_card(ordinal: int) -> None:
+    """Raise DeviceUnavailableError if a card cannot be used, as far as can be told without starting CUDA on it."""
+    try:
+        _properties(ordinal)
+    except CudaError as error:
+        raise DeviceUnavailableError(f"cuda:{ordinal} cannot be used: {error}") from None
 
 
 def open_card(ordinal: int) -> CardProperties:
