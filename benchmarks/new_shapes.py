@@ -42,6 +42,9 @@ _CHANNELS: Final = 64, 32
 _KERNEL: Final = 4
 _STRIDE, _PAD = 2, 1
 _EXTENTS: Final = 20, 90
+_SEARCHES_S: Final = 2.0
+"""A server that has stored no plan for this long has searched all that it wants to."""
+
 _CALLS_COUNT: Final = 24
 """Calls of each shape. The last one shows what a call takes once nothing is new, and its work is a graph."""
 
@@ -221,12 +224,15 @@ def _fill_store(
     dtypes: Sequence[str],
     ops: Sequence[str],
 ) -> None:
-    """Have a server choose all plans, and store them."""
+    """Have a server search all plans, and store them."""
     with new_home(), timed_server(device, "--plan-store", str(store)) as (F, _):
         for dtype in dtypes:
             for op in ops:
-                for size in shapes:
-                    _calls_of_ours(F, op, make_operands(size, dtype))()
+                for _ in _times_of_ours(F, dtype, op, shapes):
+                    pass
+        count = -1
+        while count != (count := len([*store.rglob("*.json")])):
+            time.sleep(_SEARCHES_S)  # what calls have not waited for is searched while none come
 
 
 def _times_of_ours(
