@@ -354,7 +354,9 @@ def test_a_forked_child_calls_them_by_itself(fleet: Fleet, F: Connection) -> Non
     expected = F.deconvolution_2d(X, FILTERS[0])
 
     def call_in_child() -> bool:
-        return all(
+        with pytest.raises(UnavailableError, match="a forked child"):
+            F.put(X)
+        return "3 of 3 servers" in repr(F) and all(
             np.array_equal(F.deconvolution_2d(x, W), y)
             for x, W, y in ((X, FILTERS[0], expected), (LARGE, TWO, large))
         )

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import deconvd_client
 from benchmarks.profiled import start_profiling
-from deconvd.errors import LostTensorError
+from deconvd.errors import LostTensorError, UnavailableError
 from deconvd.model.home_choice import better_home
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client import Connection
@@ -28,7 +28,7 @@ from deconvd_client.workers.host import Host
 from deconvd_client.workers.worker_set import WorkerSet
 from tests.certificates import Authority
 from tests.fault_proxy import CLEAN, faulty_proxy
-from tests.processes import wait_until
+from tests.processes import exit_code, wait_until
 from tests.servers import free_port, server_process
 from tests.token_calls import write_tokens
 from tests.worker_hosts import WorkerHost, running_clients, running_host
@@ -217,6 +217,19 @@ def test_residents_know_their_worker_and_are_sent_again_if_it_ends(
     with pytest.raises(LostTensorError):
         kept.numpy()
     wait_for_serving(host.server)
+
+
+def test_what_a_forked_child_cannot_have_is_no_workers_failure(F: Connection) -> None:
+    members = worker_set(F)._membership.workers
+
+    def is_refused_at_once() -> bool:
+        before = [(member.state, member.probe_s) for member in members]
+        for _ in range(len(members) + 1):
+            with pytest.raises(UnavailableError, match="a forked child"):
+                F.put(W)
+        return before == [(member.state, member.probe_s) for member in members]
+
+    assert exit_code(is_refused_at_once) == 0
 
 
 def test_the_server_says_what_it_is_made_of(host: WorkerHost, F: Connection) -> None:

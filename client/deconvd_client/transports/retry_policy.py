@@ -13,6 +13,7 @@ from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import TlsFailureError
 
 __all__ = [
+    "ForkedChildError",
     "NoRetries",
     "PinnedTransportError",
     "RetriedElsewhere",
@@ -54,8 +55,12 @@ class PinnedTransportError(UnavailableError):
     """The only transport that the caller allows is not available. A retry would not help."""
 
 
-_PERMANENT_ERRORS: Final = (PinnedTransportError, TlsFailureError)
-"""Errors of a server that cannot be reached, which a retry would meet again."""
+class ForkedChildError(UnavailableError):
+    """A forked child wants what only its parent's connection has. No server has failed, and none could help."""
+
+
+_PERMANENT_ERRORS: Final = (PinnedTransportError, TlsFailureError, ForkedChildError)
+"""Errors that a retry would meet again."""
 
 
 class RetryPolicy:
