@@ -204,11 +204,16 @@ class WorkerMembership:
         self._on_change()
 
     def probe(self, member: Member[Server], deadline: Deadline) -> str:
-        """Return the health of a worker. One that was started again becomes a new member."""
+        """Return the health of a worker. One that was started again is a new member, and one that has ended none."""
         if member.is_spare:
             return member.server.route.health(deadline)
         name = _name_of(member)
-        instance = self._check(name, _ask(member.server, deadline))
+        try:
+            info = _ask(member.server, deadline)
+        except UnavailableError:
+            self.ask_list()  # it may have ended: then what only it had is lost
+            raise
+        instance = self._check(name, info)
         health = member.server.route.health(deadline)
         if (health == _SERVING) is not (member.state is MemberState.SERVING):
             if health == _SERVING and instance != self._instances[name]:
@@ -226,14 +231,15 @@ class WorkerMembership:
         """Do nothing: the owner asks for the list."""
 
     def _adopt(self, info: pb.GetServerInfoResponse) -> pb.GetServerInfoResponse:
-        """Take out the members that no longer serve, or are others than before."""
+        """Take out the members that no longer serve. Forget those that have ended, with all that they had."""
         self.listed = {worker.name: worker for worker in info.workers[:_MAX_WORKERS_COUNT]}
         self._vain_tries.keep(self._places(self.listed.values()))
         for member in self.workers:
             name = _name_of(member)
             worker = self.listed.get(name)
-            if worker is None:
-                self._remove(member)
+            is_out = member.state is not MemberState.SERVING
+            if worker is None or (is_out and worker.instance_id != self._instances.get(name)):
+                self._remove(member)  # what only it had is lost: calls need not wait for it
             elif member.state is MemberState.SERVING and not self._is_as_known(worker):
                 self._balancer.note_failure(
                     member, UnavailableError(f"worker {name} does not serve, or was started again")
