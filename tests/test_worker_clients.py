@@ -24,12 +24,13 @@ from deconvd_client.server import Server
 from deconvd_client.transports.route import TransportName
 from deconvd_client.transports.side_sockets import any_owner
 from deconvd_client.workers.addresses import worker_targets
+from deconvd_client.workers.home_keeper import HomeKeeper
 from deconvd_client.workers.host import Host
 from deconvd_client.workers.worker_set import WorkerSet
 from tests.certificates import Authority
 from tests.fault_proxy import CLEAN, faulty_proxy
 from tests.processes import exit_code, wait_until
-from tests.servers import free_port, server_process
+from tests.servers import free_port, only_server, server_process
 from tests.token_calls import write_tokens
 from tests.worker_hosts import WorkerHost, running_clients, running_host
 from tests.worker_servers import own_targets, wait_for_serving, workers_of
@@ -250,6 +251,35 @@ def test_the_server_says_what_it_is_made_of(host: WorkerHost, F: Connection) -> 
     assert ended.exit_code == 0
     assert "worker 0 (cpu) serves" in ended.output
     assert "worker 1 (cpu) serves" in ended.output
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_calls_are_direct_if_workers_cannot_be_looked_for(
+    host: WorkerHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_keeper: HomeKeeper, _info: pb.GetServerInfoResponse) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(HomeKeeper, "begin", fail)
+    with deconvd_client.connect(host.server.targets[1], transport="tcp") as F:
+        server = only_server(F)
+        wait_until(
+            lambda: F.deconvolution_2d(X, W) is not None and server.direct_connections_count > 0
+        )
+
+
+def test_a_home_that_has_just_ended_is_left_to_those_who_notice_it(
+    host: WorkerHost, F: Connection
+) -> None:
+    keeper = worker_set(F)._keeper
+    home = keeper.home
+    assert home is not None
+    loads = {worker.name: 0 for worker in workers_of(host.server)}
+    del loads[home.identity.decode()]  # as of a list that was made a moment later
+
+    keeper._move_if_better(home, loads)
+
+    assert F.deconvolution_2d(X, W).shape == (2, 4, 19, 19)
 
 
 def test_who_only_looks_by_grpc_alone_uses_no_worker(host: WorkerHost) -> None:
