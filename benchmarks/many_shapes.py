@@ -30,6 +30,7 @@ from benchmarks.new_shapes import new_home
 from benchmarks.rows_file import load_rows, save_rows
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection
+from deconvd_client.workers.host import Host
 from examples.local_server import local_server
 
 _CHOICES: Final = ((1, 2, 3, 4), (8, 16, 32), range(4, 48), range(4, 48), (2, 3, 4), (1, 2))
@@ -93,6 +94,8 @@ class ManyShapesRow:
         caches: How many entries each cache of the device has, and their bytes, by the cache's name.
         card_mb: What is in use of the card's memory, by all of its processes; None without a card, or nvidia-smi.
         stored_plans, stored_mb: Files in the plan store, and their size.
+        idle_mb: What is idle in the client's pool of results; None if nobody has looked.
+        pool_hits, pool_misses: How many results have had memory from there since the first call, and how many had none.
     """
 
     transport: str
@@ -108,6 +111,9 @@ class ManyShapesRow:
     card_mb: float | None
     stored_plans: int
     stored_mb: float
+    idle_mb: float | None = None
+    pool_hits: int = 0
+    pool_misses: int = 0
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> ManyShapesRow:
@@ -127,6 +133,10 @@ class ManyShapesRow:
             )
         if self.card_mb is not None:
             text += f" {self.card_mb:.0f} MB of the card,"
+        if self.idle_mb is not None:
+            text += (
+                f" {self.idle_mb:.1f} MB idle, {self.pool_hits} hits, {self.pool_misses} misses,"
+            )
         return f"{text} {self.stored_plans} plans of {self.stored_mb:.1f} MB"
 
 
@@ -188,6 +198,8 @@ def _rows_of(
         stack.enter_context(new_home())
         store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deconvd-store-")))
         F, pid = stack.enter_context(_server(device, transport, store))
+        assert isinstance(F._server, Host)
+        pool = F._server.entry.result_pool
         call = partial(_time_ms, F, {name: _noise(name) for _, name in _KINDS})
         for begin in range(0, len(shapes) - row_count + 1, row_count):
             times_ms: dict[str, list[float]] = {"y": [], "grad": []}
@@ -213,6 +225,9 @@ def _rows_of(
                 card_mb=_card_mb(device),
                 stored_plans=len(plans_bytes),
                 stored_mb=round(sum(plans_bytes) * 1e-6, 2),
+                idle_mb=round(pool.idle_bytes * 1e-6, 2),
+                pool_hits=pool.hits_count,
+                pool_misses=pool.misses_count,
             )
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from deconvd.host import buffer_pool
 from deconvd.host.buffer_pool import BufferPool
 from deconvd.model.dtypes import ELEMENT_TYPES, DType
 from deconvd.model.problem import TensorSpec
 from tests.interrupts import interrupt_everywhere
 
+MEBI = 1 << 20
 LARGE = TensorSpec((2, 3, 512, 512), np.dtype(np.float32))
+
+
+def floats(size_bytes: int, *extents: int) -> TensorSpec:
+    return TensorSpec((size_bytes // 4, *extents), np.dtype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
@@ -35,6 +42,44 @@ def test_memory_is_used_again_once_the_array_is_dropped() -> None:
 
     assert memory.idle_bytes == LARGE.nbytes
     assert memory.empty(LARGE).ctypes.data == address
+
+
+def test_arrays_of_other_sizes_use_the_smallest_memory_that_is_little_larger() -> None:
+    memory = BufferPool(1 << 30, spare_part=1 / 8)
+    arrays = [memory.empty(floats(size)) for size in (10 * MEBI, 9 * MEBI, 8 * MEBI)]
+    addresses = [array.ctypes.data for array in arrays]
+    idle_bytes = sum(array.nbytes for array in arrays)
+    arrays.clear()
+
+    array = memory.empty(floats(8 * MEBI + 4, 1))
+    array[...] = 3
+    pickled = pickle.dumps(array)
+    other = memory.empty(floats(7 * MEBI))
+
+    assert array.ctypes.data == addresses[1]
+    assert other.ctypes.data not in addresses
+    assert array.nbytes == 8 * MEBI + 4
+    assert array.base is not None
+    assert array.base.nbytes == array.nbytes  # what is behind it is nobody's business
+    assert array.flags.writeable
+    assert array.flags.aligned
+    assert len(pickled) < array.nbytes + 4096
+    np.testing.assert_array_equal(pickle.loads(pickled), array)
+    assert memory.idle_bytes == idle_bytes - 9 * MEBI
+    del array
+    assert memory.idle_bytes == idle_bytes
+
+
+def test_memory_that_nobody_takes_for_long_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = BufferPool(1 << 30)
+    arrays = [memory.empty(floats(size)) for size in (MEBI, 2 * MEBI, 3 * MEBI)]
+    arrays.pop()
+    assert memory.idle_bytes == 3 * MEBI
+
+    monkeypatch.setattr(buffer_pool, "_MAX_IDLE_S", 0.0)
+    arrays.pop()
+
+    assert memory.idle_bytes == 2 * MEBI
 
 
 def test_memory_is_not_used_again_while_a_view_of_it_lives() -> None:

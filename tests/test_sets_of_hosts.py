@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import deconvd_client
-from deconvd.errors import LostTensorError
-from deconvd_client import Connection
+from deconvd.errors import LostTensorError, UnavailableError
+from deconvd_client import Connection, RemoteTensor
+from deconvd_client.server_set.server_set import ServerSet
+from deconvd_client.workers.host import Host
 from tests.fleets import FILTERS, LARGE, TWO, X, checked, repeat_calls
 from tests.processes import wait_until
+from tests.servers import free_port
 from tests.worker_hosts import WorkerHost, running_host
 from tests.worker_servers import pid_of, wait_for_serving
 
 _HOSTS = ("127.0.0.1", "127.0.0.2")
+
+_NEVER_REPLACED = {
+    "deconvd_server.supervision.worker:_FIRST_PAUSE_S": 3600.0,
+    "deconvd_server.supervision.worker:_LONGEST_PAUSE_S": 3600.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +183,61 @@ def test_the_same_set_gives_the_same_bits_whichever_workers_serve(
 
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def holder_of(F: Connection, kept: RemoteTensor) -> tuple[Host, str]:
+    """Return which worker has a result, with its host."""
+    host: Any = F._server
+    if isinstance(host, ServerSet):
+        host = host.residents._holder_of(kept._resident).server  # type: ignore[union-attr]  # there is one
+    worker = host._workers.residents._holder_of(kept._resident)
+    return host, worker.identity.decode()
+
+
+def test_who_wants_to_fail_fast_waits_for_no_worker_that_is_away(hosts: list[WorkerHost]) -> None:
+    targets = [host.server.target for host in hosts]
+    with deconvd_client.connect(targets, transport="tcp", fail_fast=True, timeout_s=120) as F:
+        worker_of(hosts, F, FILTERS[0])
+        kept = F.remote.deconvolution_2d(X, FILTERS[0])
+        host, name = holder_of(F, kept)
+        server = next(
+            each.server
+            for each in hosts
+            if each.server.target == host.entry.route.target_stub.target
+        )
+        os.kill(server.process.pid, signal.SIGSTOP)  # so that nobody replaces it
+        try:
+            os.kill(pid_of(server, name), signal.SIGKILL)
+            began_s = time.monotonic()
+            with pytest.raises(UnavailableError):
+                kept.numpy()
+            took_s = time.monotonic() - began_s
+            F.deconvolution_2d(X, FILTERS[0])
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        wait_for_serving(server)
+
+    assert took_s < 60
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_what_only_a_worker_had_that_has_ended_is_lost_before_it_is_replaced(
+    tmp_path: Path, *, is_alone: bool
+) -> None:
+    with running_host(tmp_path, constants=_NEVER_REPLACED, listen=("127.0.0.1:0",)) as host:
+        target = host.server.target
+        targets = target if is_alone else [target, f"127.0.0.2:{free_port()}"]
+        with deconvd_client.connect(targets, transport="tcp", timeout_s=60) as F:
+            worker_of([host], F, FILTERS[0])
+            there = F.put(FILTERS[0])
+            kept = F.remote.deconvolution_2d(X, there)
+            expected = kept.numpy()
+            _, name = holder_of(F, kept)
+            os.kill(pid_of(host.server, name), signal.SIGKILL)
+
+            with pytest.raises(LostTensorError, match="compute it again"):
+                kept.numpy()
+            np.testing.assert_array_equal(F.deconvolution_2d(X, there), expected)
 
 
 def test_residents_know_their_worker_and_are_sent_again_if_it_ends(

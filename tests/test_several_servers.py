@@ -32,7 +32,10 @@ from deconvd.errors import (
 )
 from deconvd.model.dtypes import Array
 from deconvd_client import Connection, Tls
+from deconvd_client.calls.deadline import Deadline
 from deconvd_client.cli.main import main
+from deconvd_client.residents import Call
+from deconvd_client.server_set.replica import Replica
 from deconvd_client.server_set.server_set import ServerSet
 from deconvd_client.transports.direct import striped_transport
 from tests.certificates import Authority
@@ -218,6 +221,34 @@ def test_operands_that_different_servers_have_are_brought_together(
         np.testing.assert_array_equal(gx, images)
 
 
+def test_what_a_call_fetches_from_another_server_has_the_deadline_of_the_call(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = np.ones((1, 1, 1, 1), np.float32)
+    with deconvd_client.connect(fleet.targets, transport="tcp", timeout_s=120) as F:
+        server = F._server
+        assert isinstance(server, ServerSet)
+        kept = [F.remote.deconvolution_2d(np.ones_like(one), one) for _ in range(12)]
+        holders = [server.residents._holder_of(y._resident) for y in kept]
+        other = next(found for found in holders if found is not holders[0])
+        assert other is not None
+        gy = kept[holders.index(other)]
+        gather = server.residents.gather
+
+        def gather_late(call: Call, at: Replica, limit: Deadline) -> Call:
+            return gather(call, at, limit.with_limit(0.5))  # as if the call had begun long ago
+
+        monkeypatch.setattr(server.residents, "gather", gather_late)
+        with stop_server(fleet.servers[server._balancer.members.index(other)]):
+            began_s = time.monotonic()
+            with pytest.raises(DeadlineError):
+                F.deconvolution_2d_grad(kept[0], one, None, gy, wanted=("gx", "gW"))
+            took_s = time.monotonic() - began_s
+        wait_for_serving(F, 3)
+
+    assert took_s < 60
+
+
 def test_old_and_new_versions_serve_side_by_side(fleet: Fleet, F: Connection) -> None:
     with F.using_config("use_cudnn_tensor_core", "never"):  # which the last server does not know
         for number, W in enumerate(FILTERS):
@@ -354,7 +385,9 @@ def test_a_forked_child_calls_them_by_itself(fleet: Fleet, F: Connection) -> Non
     expected = F.deconvolution_2d(X, FILTERS[0])
 
     def call_in_child() -> bool:
-        return all(
+        with pytest.raises(UnavailableError, match="a forked child"):
+            F.put(X)
+        return "3 of 3 servers" in repr(F) and all(
             np.array_equal(F.deconvolution_2d(x, W), y)
             for x, W, y in ((X, FILTERS[0], expected), (LARGE, TWO, large))
         )

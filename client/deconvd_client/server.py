@@ -61,6 +61,9 @@ vain.
 _RESULT_POOL_BYTES: Final = 256 << 20
 """How much memory of dropped results is kept for the next ones: fresh memory costs more than a copy into it."""
 
+_RESULT_SPARE_PART: Final = 1 / 8
+"""By which part the memory of a result may be larger than the result: so results of many shapes share it."""
+
 _HOST_TYPES: Final = frozenset((np.ndarray, Resident))
 """Types of operands that are not on a card. Classes derived from them need a closer look."""
 
@@ -93,6 +96,7 @@ class Server:
         ledgers: Say where the time of its calls went.
         dispatcher: Makes calls whose operands are on the host.
         gate: Says whether direct connections may be opened.
+        result_pool: Memory for large results that are not in shared memory.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Server:
         self._timeout_s = timeout_s
         self._transport = transport
         self.ledgers: LedgerRecorder = ledgers or LedgerRecorder()
-        self._result_pool = BufferPool(_RESULT_POOL_BYTES)
+        self.result_pool: BufferPool = BufferPool(_RESULT_POOL_BYTES, spare_part=_RESULT_SPARE_PART)
         self.gate: ConnectionGate = ConnectionGate()
         patience_s = _DISCOVERY_PATIENCE_S if discovery_s is None else discovery_s
         patience = Patience() if unix_path(target) else Patience(patience_s)
@@ -138,7 +142,7 @@ class Server:
         is_lent = transport not in _MESSAGE_ONLY_TRANSPORTS
         if not is_lent:
             self.borrower.close()
-        empty = self._result_pool.empty
+        empty = self.result_pool.empty
         self.residents: ResidentExecutor = ResidentExecutor(
             self.route, self.borrower, tenant_key, empty, self.ledgers, timeout_s, patience
         )
@@ -248,7 +252,7 @@ class Server:
         self.residents.close(deadline.with_limit(_CLOSE_TIMEOUT_S / 2))
         self.route.close(deadline)
         self.borrower.close()
-        self._result_pool.clear()
+        self.result_pool.clear()
 
     def describe(self) -> Iterator[str]:
         """Yield in words how calls travel now, and what is open, as far as is known without asking the server."""

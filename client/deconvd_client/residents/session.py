@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from deconvd.errors import CallCancelledError, DeadlineError, UnavailableError
+from deconvd.errors import CallCancelledError, DeadlineError
 from deconvd.host.forks import leave_to_parent, new_lock, register_fork_reset
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_client.calls.cancel_scope import fail_on_cancel
@@ -18,6 +18,7 @@ from deconvd_client.residents.session_thread import (
     SessionInfo,
     SessionThread,
 )
+from deconvd_client.transports.retry_policy import ForkedChildError
 from deconvd_client.transports.route import Route
 
 __all__ = ["ClientSession", "ResidentHandle"]
@@ -135,7 +136,7 @@ class ClientSession:
             if self._is_closed:
                 raise CallCancelledError("the connection is closed")
             if self._is_in_child:
-                raise UnavailableError(
+                raise ForkedChildError(
                     "a forked child cannot keep tensors on the server through its parent's connection: "
                     "call deconvd_client.connect() in the child"
                 )

@@ -22,7 +22,7 @@ from deconvd_client.server_set.balancer import Balancer, Member, Preference, Run
 from deconvd_client.server_set.member_source import MemberSource
 from deconvd_client.server_set.monitor import Monitor
 from deconvd_client.server_set.replica import Replica
-from deconvd_client.transports.retry_policy import RetryPolicy
+from deconvd_client.transports.retry_policy import ForkedChildError, RetryPolicy
 
 __all__ = ["AttemptRunner", "Search"]
 
@@ -212,6 +212,8 @@ class AttemptRunner(Generic[_R]):
             search.patience = min(search.patience * _PATIENCE_FACTOR, _MAX_PATIENCE)
             return UnavailableError(f"the server at {member.identity.decode()} fell silent")
         match error:
+            case ForkedChildError():
+                return None  # it is no member's
             case UnavailableError() if error.was_reached:
                 self._balancer.note_refusal(member, error.retry_after_s or 0.0)
                 self._monitor.note_refusal(member)

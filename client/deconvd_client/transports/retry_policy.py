@@ -13,11 +13,13 @@ from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import TlsFailureError
 
 __all__ = [
+    "ForkedChildError",
     "NoRetries",
     "PinnedTransportError",
     "RetriedElsewhere",
     "RetryPolicy",
     "SingleRound",
+    "WorkerAwayError",
     "name_limit",
 ]
 
@@ -54,8 +56,16 @@ class PinnedTransportError(UnavailableError):
     """The only transport that the caller allows is not available. A retry would not help."""
 
 
-_PERMANENT_ERRORS: Final = (PinnedTransportError, TlsFailureError)
-"""Errors of a server that cannot be reached, which a retry would meet again."""
+class ForkedChildError(UnavailableError):
+    """A forked child wants what only its parent's connection has. No server has failed, and none could help."""
+
+
+class WorkerAwayError(UnavailableError):
+    """One worker alone could serve the call, and cannot be reached, though others of its server can."""
+
+
+_PERMANENT_ERRORS: Final = (PinnedTransportError, TlsFailureError, ForkedChildError)
+"""Errors that a retry would meet again."""
 
 
 class RetryPolicy:
@@ -147,7 +157,11 @@ class RetryPolicy:
         if isinstance(error, UnavailableError) and error.was_reached:
             self._was_reached = True
             told_s = error.retry_after_s or 0
-            self._full_until_s = time.monotonic() + told_s
+            if isinstance(error, WorkerAwayError):
+                if self._fail_fast:
+                    return None
+            else:  # it tells nothing of others' calls
+                self._full_until_s = time.monotonic() + told_s
             pause_s = _told_pause_s(told_s)
             return pause_s if pause_s < deadline.remaining_s() else None
         # random, so that many callers do not come back at the same time
@@ -209,14 +223,15 @@ class RetriedElsewhere(NoRetries):
         """Return what `attempt` returns.
 
         Raises:
-            UnavailableError: As `attempt` does. The server counts as reached if others serve there.
+            WorkerAwayError: One worker cannot be reached, but others serve there: then the server counts as reached.
+            UnavailableError: As `attempt` does.
         """
         try:
             return attempt()
         except UnavailableError as error:
             if error.was_reached or not self._serves():
                 raise
-            raise UnavailableError(str(error), retry_after_s=_ELSEWHERE_S) from None
+            raise WorkerAwayError(str(error), retry_after_s=_ELSEWHERE_S) from None
 
 
 class SingleRound(RetryPolicy):

@@ -28,9 +28,6 @@ _MAX_INTERVAL_S: Final = 8.0
 _START_INTERVAL_S: Final = 1.5
 """The same while a worker does not serve: it may be starting."""
 
-_ASKED_COUNT: Final = 4
-"""How many workers are asked for exact numbers before the first home is chosen: those that the list has as the best."""
-
 _FIRST_PAUSE_S: Final = 0.05
 """How long after that, at most, they are asked again: clients that begin together choose at different moments."""
 
@@ -106,9 +103,12 @@ class HomeKeeper:
         self.is_dormant = False
         self._loop.wake()
 
-    def rouse(self) -> None:
-        """Look for workers again if that was given up."""
-        if self.is_dormant and not self.order:
+    def rouse(self, info: pb.GetServerInfoResponse) -> None:
+        """Look for workers again if that was given up, or is due later, and an answer of the entry lists others."""
+        if not self.is_dormant or self.order:
+            return
+        self._membership.adopt(info)
+        if not self._membership.pause_s:
             self._vain_count = 0
             self.note_change()
             if self._is_child:
@@ -141,7 +141,10 @@ class HomeKeeper:
         if self._is_idle:
             self.is_dormant = True
             return _IDLE_S
-        self.was_used = False
+        if not self.order and (silence_s := self._membership.pause_s):
+            self.is_dormant = True
+            return silence_s
+        self.is_dormant = self.was_used = False
         self._look_again()
         self._vain_count = 0 if self.order else self._vain_count + 1
         pause_s = self._pause_s()
@@ -177,34 +180,36 @@ class HomeKeeper:
 
     def _find_home(self) -> None:
         """Settle at the home that the server names, or at one that is chosen here, and have the others as members."""
-        home = self._ask_for_home()
+        name = ""
+        with suppress(DeconvdError):
+            name = self._membership.ask_list(wants_home=True).home
         with suppress(DeconvdError):  # it will be looked at again
-            if home is not None:
-                home.server.open_direct_connection()  # by which the server sees that it is the home
-                self._settle(home, self._loads())
+            is_named = bool(name) and self._settle_at(name)
+            if not is_named and len(self._membership.listed) > 1:
+                self._choose_first()
+            self._choose(may_move=not is_named)
+
+    def _settle_at(self, home_name: str) -> bool:
+        """Settle at the worker that the server names to this client alone. Return whether it can be used."""
+        others = (name for name in self._rank(self._loads()) if name != home_name)
+        is_there = False
+        for member in self._membership.join_each([home_name, *others]):
+            if member.identity.decode() == home_name:
+                is_there = True
+                member.server.open_direct_connection()  # by which the server sees that it is the home
+                self._settle(member, self._loads())
                 self._interval_s = _NAMED_INTERVAL_S
                 self._next_s = time.monotonic() + self._pause_s()
-            elif len(self._membership.listed) > 1:
-                self._choose_first()
-            self._choose(may_move=home is None)
-
-    def _ask_for_home(self) -> Member[Server] | None:
-        """Return the worker that the server names to this client alone; None if it names none that can be used."""
-        with suppress(DeconvdError):
-            info = self._membership.ask_list(wants_home=True)
-            return self._membership.join(info.home) if info.home else None
-        return None
+        return is_there
 
     def _choose_first(self) -> None:
         """Choose the first home by exact numbers, and once more in a moment: others may be choosing, too.
 
         What the home then lends keeps calls there, whatever is better later.
         """
-        for name in self._rank(self._loads())[:_ASKED_COUNT]:
-            self._membership.join(name)
+        members = self._join_all(self._rank(self._loads()))
         loads = self._loads()
-        joined = filter(None, map(self._membership.join, self._rank(loads)))
-        home = next(joined, None)
+        home = next((members[name] for name in self._rank(loads) if name in members), None)
         if home is None:
             return
         home.server.open_direct_connection()  # which others count
@@ -226,14 +231,17 @@ class HomeKeeper:
         loads = self._loads()
         names = self._rank(loads)
         home = self.home
-        if home is None or home.state is not MemberState.SERVING:
-            joined = filter(None, map(self._membership.join, names))
-            self._settle(next(joined, None), loads)
-        elif may_move:
+        if home is not None and home.state is MemberState.SERVING and may_move:
             self._move_if_better(home, loads)
-        for name in names:
-            self._membership.join(name)
-        self._settle(self.home, loads)
+        members = self._join_all(names)
+        home = self.home
+        if home is None or home.state is not MemberState.SERVING:
+            home = next((members[name] for name in names if name in members), None)
+        self._settle(home, loads)
+
+    def _join_all(self, names: list[str]) -> dict[str, Member[Server]]:
+        """Have workers as members. Return those that can be used, by their names."""
+        return {member.identity.decode(): member for member in self._membership.join_each(names)}
 
     def _loads(self) -> dict[str, int]:
         """Return how many active connections others have at each worker that serves, as of the list.

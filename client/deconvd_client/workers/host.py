@@ -232,7 +232,7 @@ class Host:
         self._info = info
         workers = self._workers
         if workers is not None:
-            workers.note_answer()
+            workers.note_answer(info)
         elif self._is_shared(info):
             if (
                 not self._must_ask

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Final
 
 from deconvd.errors import DeconvdError, UnavailableError
@@ -15,6 +19,7 @@ from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.uninterrupted import run_in_background
 from deconvd_client.server import Server
 from deconvd_client.server_set.balancer import Balancer, Member, MemberState
+from deconvd_client.workers.vain_tries import Place, VainTries
 
 __all__ = ["WorkerMembership"]
 
@@ -23,6 +28,13 @@ _VERIFY_TIMEOUT_S: Final = 2.0
 
 _LIST_TIMEOUT_S: Final = 1.0
 """How long a worker may take to list the others. Then another one is asked."""
+
+_LISTERS_COUNT: Final = 2
+"""How many workers are asked for the list, one after the other, before the address that the caller has given."""
+
+_LEADS_S: Final = 0.5
+"""How long in all those that are to become members wait for each other. So few threads wait for workers that answer,
+and all that do not answer are waited for at the same time."""
 
 _HOME_TIMEOUT_S: Final = 1.0
 """How much longer a worker may take that is to name a home: its supervisor may hang."""
@@ -74,6 +86,7 @@ class WorkerMembership:
         self._lock = new_lock()
         self._is_closed = False
         self._instances: dict[str, str] = {}  # that have proved to be there, by name
+        self._vain_tries = VainTries()
         self.listed: dict[str, pb.Worker] = {}
         self.entry_name: str = ""
 
@@ -96,7 +109,7 @@ class WorkerMembership:
         """
         extra_s = _HOME_TIMEOUT_S if wants_home else 0.0
         serving = [m for m in self.workers if m.state is MemberState.SERVING]
-        for member in dict.fromkeys([*first, *serving]):
+        for member in islice(dict.fromkeys([*first, *serving]), _LISTERS_COUNT):
             with suppress(DeconvdError):
                 deadline = Deadline(_LIST_TIMEOUT_S + extra_s)
                 return self._adopt(_ask(member.server, deadline, wants_home=wants_home))
@@ -114,6 +127,49 @@ class WorkerMembership:
         if known is not None:
             return known if known.state is MemberState.SERVING else None
         return self._open(name)
+
+    def join_each(self, names: Sequence[str]) -> Iterator[Member[Server]]:
+        """Yield the members that are the workers of some names, each as soon as it can be used.
+
+        They are tried side by side: this ends soon after the time that one may take, however many do not answer.
+
+        Args:
+            names: Those that matter most come first: they are tried a little before the others.
+        """
+        answers: SimpleQueue[Member[Server] | None] = SimpleQueue()
+        left_count = 0
+        for name in names:
+            known = self._balancer.find(name.encode())
+            if known is not None:
+                if known.state is MemberState.SERVING:
+                    yield known
+                continue
+            run_in_background(partial(self._join_for, name, answers))
+            left_count += 1
+            with suppress(Empty):
+                member = answers.get(timeout=_LEADS_S / len(names))
+                left_count -= 1
+                if member is not None:
+                    yield member
+        for _ in range(left_count):
+            if (member := answers.get()) is not None:
+                yield member
+
+    def _join_for(self, name: str, answers: SimpleQueue[Member[Server] | None]) -> None:
+        member: Member[Server] | None = None
+        try:
+            member = self.join(name)
+        except Exception:  # noqa: BLE001 - whatever it is, others can be used
+            _log.exception("worker %s is not used", name)
+        finally:
+            answers.put(member)
+
+    @property
+    def pause_s(self) -> float:
+        """For how many seconds no worker that serves should be tried; 0 if one may be, or none serves."""
+        return min(
+            map(self._vain_tries.remaining_s, self._places(self.listed.values())), default=0.0
+        )
 
     def count_active(self, member: Member[Server]) -> None:
         """Have `listed` say how many active connections a worker has now.
@@ -148,11 +204,16 @@ class WorkerMembership:
         self._on_change()
 
     def probe(self, member: Member[Server], deadline: Deadline) -> str:
-        """Return the health of a worker. One that was started again becomes a new member."""
+        """Return the health of a worker. One that was started again is a new member, and one that has ended none."""
         if member.is_spare:
             return member.server.route.health(deadline)
         name = _name_of(member)
-        instance = self._check(name, _ask(member.server, deadline))
+        try:
+            info = _ask(member.server, deadline)
+        except UnavailableError:
+            self.ask_list()  # it may have ended: then what only it had is lost
+            raise
+        instance = self._check(name, info)
         health = member.server.route.health(deadline)
         if (health == _SERVING) is not (member.state is MemberState.SERVING):
             if health == _SERVING and instance != self._instances[name]:
@@ -170,13 +231,15 @@ class WorkerMembership:
         """Do nothing: the owner asks for the list."""
 
     def _adopt(self, info: pb.GetServerInfoResponse) -> pb.GetServerInfoResponse:
-        """Take out the members that no longer serve, or are others than before."""
+        """Take out the members that no longer serve. Forget those that have ended, with all that they had."""
         self.listed = {worker.name: worker for worker in info.workers[:_MAX_WORKERS_COUNT]}
+        self._vain_tries.keep(self._places(self.listed.values()))
         for member in self.workers:
             name = _name_of(member)
             worker = self.listed.get(name)
-            if worker is None:
-                self._remove(member)
+            is_out = member.state is not MemberState.SERVING
+            if worker is None or (is_out and worker.instance_id != self._instances.get(name)):
+                self._remove(member)  # what only it had is lost: calls need not wait for it
             elif member.state is MemberState.SERVING and not self._is_as_known(worker):
                 self._balancer.note_failure(
                     member, UnavailableError(f"worker {name} does not serve, or was started again")
@@ -193,13 +256,19 @@ class WorkerMembership:
         if worker is None or not worker.instance_id:
             return None
         for target in self._find_targets(worker):
+            place = target, worker.instance_id
+            if self._vain_tries.remaining_s(place):
+                continue
             server = self._open_worker(target)
+            began_s = time.monotonic()
             try:
                 instance = self._check(name, _ask(server, Deadline(_VERIFY_TIMEOUT_S)))
             except DeconvdError as error:
+                self._vain_tries.note(place, time.monotonic() - began_s)
                 _log.debug("worker %s is not used by %s: %s", name, target, error)
                 run_in_background(server.close)
                 continue
+            self._vain_tries.forget(place)
             member = Member(name.encode(), server)
             with self._lock:
                 is_wanted = not self._is_closed and self._balancer.find(member.identity) is None
@@ -210,6 +279,15 @@ class WorkerMembership:
                 run_in_background(server.close)
             return self._balancer.find(member.identity)
         return None
+
+    def _places(self, workers: Iterable[pb.Worker]) -> list[Place]:
+        """Return where those of some workers may be that serve."""
+        return [
+            (target, worker.instance_id)
+            for worker in workers
+            if worker.is_serving and worker.instance_id
+            for target in self._find_targets(worker)
+        ]
 
     def _check(self, name: str, info: pb.GetServerInfoResponse) -> str:
         """Return the instance that answered, if it is the worker of a name.

@@ -155,9 +155,9 @@ class WorkerSet:
         """Find the workers that an answer of the entry lists."""
         self._keeper.begin(info)
 
-    def note_answer(self) -> None:
-        """Look for workers again if none could be used for a long time: the entry answers."""
-        self._keeper.rouse()
+    def note_answer(self, info: pb.GetServerInfoResponse) -> None:
+        """Look for workers again if none could be used for a long time, and the entry lists others."""
+        self._keeper.rouse(info)
 
     @property
     def has_home(self) -> bool:

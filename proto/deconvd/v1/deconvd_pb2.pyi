@@ -1536,7 +1536,8 @@ class Worker(_message.Message):
     """
     instance_id: _builtins.str
     """As in GetServerInfoResponse. A client MUST NOT send a session or a handle to a worker before it has verified that the
-    instance which gave it still answers there. Empty until the worker has served for the first time.
+    instance which gave it still answers there. Empty until the worker has served for the first time, and after its process has
+    ended, until the next one serves. If it is another one than before, all that the former instance had is lost.
     """
     is_serving: _builtins.bool
     """Whether it serves, as the answering process knows it. A client SHOULD make no new calls where it is false, and ask again:

@@ -14,13 +14,16 @@ from typing import Any, Final, TypeAlias
 
 from deconvd_server.resources.unix_listener import SideSocket
 
-__all__ = ["Listener"]
+__all__ = ["SHORTAGE_PAUSE_S", "Listener"]
 
 _RESTORE_PERIOD_S: Final = 5.0
 """How often it checks whether its sockets' files still exist."""
 
 _PAUSE_S: Final = 0.1
 """How long it accepts nothing after a connection could not be accepted."""
+
+SHORTAGE_PAUSE_S: Final = 0.01
+"""How long a loop rests before it does again what there was no memory for."""
 
 _Action: TypeAlias = Callable[[], None]
 
@@ -159,7 +162,14 @@ class Listener:
                 self._accept(listener_socket)
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
-            heapq.heappop(self._timers)[2]()
+            timer = heapq.heappop(self._timers)
+            try:
+                timer[2]()
+            except MemoryError as error:
+                heapq.heappush(self._timers, timer)  # else what calls itself again ends for good
+                self.pause(error)
+                time.sleep(SHORTAGE_PAUSE_S)
+                break
         if now_s >= self._restore_due_s:
             self._restore_sockets(now_s)
         if self._resume_due_s is not None and now_s >= self._resume_due_s:

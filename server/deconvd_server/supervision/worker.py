@@ -338,6 +338,7 @@ class Worker:
         if self._process is None or (code := self._process.poll()) is None:
             return False
         self.exit_code, self._process = code, None
+        self._message.instance_id = ""  # all that it had has gone with it
         self._close_link()
         self.load = ConnectionLoad(0, 0)
         self.home_requests.clear()

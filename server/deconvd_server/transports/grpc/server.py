@@ -19,6 +19,7 @@ import grpc
 from deconvd.errors import UnauthenticatedError
 from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd.wire.status import status_from_error
+from deconvd_server.resources.accept_loop import SHORTAGE_PAUSE_S
 from deconvd_server.transports.grpc.callers import CallerReader
 from deconvd_server.transports.grpc.core import cygrpc
 from deconvd_server.transports.grpc.rpc import Rpc
@@ -227,8 +228,15 @@ class GrpcServer:
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
             with self._lock:
-                _, _, work = heapq.heappop(self._timers)
-            work()
+                timer = heapq.heappop(self._timers)
+            try:
+                timer[2]()
+            except MemoryError:
+                with self._lock:  # else what calls itself again ends for good
+                    heapq.heappush(self._timers, timer)
+                _log.warning("gRPC's thread has no memory for what is due: it is done later")
+                time.sleep(SHORTAGE_PAUSE_S)
+                return
 
     def _note_shutdown(self, _event: Any) -> None:
         self._has_shut_down = True
