@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from deconvd.host.machine import memory_bytes
 from deconvd_server.resources.budgets import LEAST_MESSAGE_BYTES, PROCESS_BYTES, Budgets, budgets
-from deconvd_server.resources.machine import memory_bytes
 
 MB, MIB, GIB = 10**6, 1 << 20, 1 << 30
 

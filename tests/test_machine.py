@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from deconvd_server.resources import machine
+from deconvd.host import machine
 from tests.cgroups import cgroup
 
 HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 AFFINITY_COUNT = len(os.sched_getaffinity(0))
-PRINT = "from deconvd_server.resources.machine import *; print(memory_bytes(), processors_count())"
+PRINT = "from deconvd.host.machine import *; print(memory_bytes(), processors_count())"
 
 
 def version_2(root: str = "/", point: str = "/cgroups") -> str:

@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.host.machine import PARTS_VARIABLE, memory_bytes, processors_count
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.resources.capabilities import NAME_BYTES, new_name
-from deconvd_server.resources.machine import PARTS_VARIABLE, memory_bytes, processors_count
 from deconvd_server.resources.socket_file import AddressInUseError
 from deconvd_server.resources.worker_table import WORKERS, WorkerTable
 from deconvd_server.supervision.layout import (

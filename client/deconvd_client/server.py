@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from deconvd.direct.events import MAX_MESSAGE_BYTES as MAX_DIRECT_BYTES
 from deconvd.host.buffer_pool import BufferPool
 from deconvd.host.forks import new_lock
+from deconvd.host.machine import memory_bytes
 from deconvd.model.dtypes import Array, DType
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.grpc_options import unix_path
@@ -58,8 +60,11 @@ On the server's host it is found out within this time. Elsewhere gRPC takes as l
 vain.
 """
 
-_RESULT_POOL_BYTES: Final = 256 << 20
-"""How much memory of dropped results is kept for the next ones: fresh memory costs more than a copy into it."""
+_LEAST_POOL_BYTES: Final = 256 << 20
+_MOST_POOL_BYTES: Final = 1 << 30
+_POOL_PART: Final = 16
+"""Memory of dropped results is kept for the next ones, since fresh memory costs more than a copy into it: one part in
+so many of what this process may use, within bounds."""
 
 _RESULT_SPARE_PART: Final = 1 / 8
 """By which part the memory of a result may be larger than the result: so results of many shapes share it."""
@@ -117,7 +122,9 @@ class Server:
         self._timeout_s = timeout_s
         self._transport = transport
         self.ledgers: LedgerRecorder = ledgers or LedgerRecorder()
-        self.result_pool: BufferPool = BufferPool(_RESULT_POOL_BYTES, spare_part=_RESULT_SPARE_PART)
+        self.result_pool: BufferPool = BufferPool(
+            _result_pool_bytes(), spare_part=_RESULT_SPARE_PART
+        )
         self.gate: ConnectionGate = ConnectionGate()
         patience_s = _DISCOVERY_PATIENCE_S if discovery_s is None else discovery_s
         patience = Patience() if unix_path(target) else Patience(patience_s)
@@ -309,6 +316,14 @@ def _open_stub(
     connector = connector_for(target, credentials, owners) if is_direct else None
     grpc = GrpcTransport(rpcs, ErrorHints(target, proxy, credentials))
     return Stub(target, grpc, connector, Patience() if is_near else patience, note_info, gate)
+
+
+@cache
+def _result_pool_bytes() -> int:
+    """Return how much memory of dropped results each server's pool keeps."""
+    with suppress(AttributeError, OSError, ValueError):  # other systems than Linux may not tell
+        return min(max(memory_bytes() // _POOL_PART, _LEAST_POOL_BYTES), _MOST_POOL_BYTES)
+    return _LEAST_POOL_BYTES
 
 
 def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:

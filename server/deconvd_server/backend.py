@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from deconvd.errors import DeconvdError
+from deconvd.host.machine import memory_bytes, used_bytes
 from deconvd.lending.protocol import FIRST_REGION_BYTES
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.server_counts import MemoryUse, ServerCounts
@@ -23,7 +24,6 @@ from deconvd_server.engine.queue_limits import WaitLimit
 from deconvd_server.engine.result_arrays import idle_result_bytes
 from deconvd_server.residents import Residents
 from deconvd_server.resources.budgets import budgets
-from deconvd_server.resources.machine import memory_bytes, used_bytes
 from deconvd_server.resources.socket_file import AddressInUseError
 from deconvd_server.resources.unix_listener import (
     SideSocket,

@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deconvd.host.machine import memory_bytes
 from deconvd_server.resources.budgets import PROCESS_BYTES, Budgets
-from deconvd_server.resources.machine import memory_bytes
 from tests.cgroups import Cgroup
 from tests.processes import peak_memory_bytes, process_resources
 from tests.servers import ServerProcess, server_process

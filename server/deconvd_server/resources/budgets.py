@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from deconvd_server.resources.machine import memory_bytes
+from deconvd.host.machine import memory_bytes
 
 __all__ = ["LEAST_MESSAGE_BYTES", "PROCESS_BYTES", "Budgets", "budgets"]
 

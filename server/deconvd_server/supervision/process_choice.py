@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deconvd.errors import InvalidArgumentError
+from deconvd.host.machine import memory_bytes
 from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.resources.budgets import Budgets
-from deconvd_server.resources.machine import memory_bytes
 from deconvd_server.supervision.devices import devices_of, may_be_several
 from deconvd_server.supervision.layout import (
     WorkerPlace,

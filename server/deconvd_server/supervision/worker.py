@@ -15,9 +15,9 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any, Final
 
+from deconvd.host.machine import PARTS_VARIABLE
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd_server.exit_codes import ExitCode
-from deconvd_server.resources.machine import PARTS_VARIABLE
 from deconvd_server.resources.worker_table import ConnectionLoad
 from deconvd_server.supervision.layout import WorkerPlace
 from deconvd_server.supervision.link import MAX_PACKET_BYTES, Packet, parse_load

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from deconvd.errors import ExhaustedError, UnimplementedError
 from deconvd.host.buffer_pool import BufferPool
+from deconvd.host.machine import memory_bytes, processors_count
 from deconvd.host.malloc import LARGE_BYTES
 from deconvd.host.parallel_copy import copy_into
 from deconvd.model.dtypes import Array
@@ -46,7 +47,6 @@ from deconvd_server.device.no_products import SUM_BYTES, bytes_without_products,
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.device.tensor import DeviceTensor, LentMemory
 from deconvd_server.resources.budgets import budgets
-from deconvd_server.resources.machine import memory_bytes, processors_count
 
 __all__ = ["CpuDevice"]
 

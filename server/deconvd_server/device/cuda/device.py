@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import deconvd
+from deconvd.host.machine import processors_count
 from deconvd.model.operation import DECONVOLVE, Operation
 from deconvd.model.options import Options
 from deconvd.model.problem import Problem
@@ -60,7 +61,6 @@ from deconvd_server.device.departing import Departing, Place, target_of
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import CacheState, DeviceInfo
 from deconvd_server.resources.budgets import budgets
-from deconvd_server.resources.machine import processors_count
 
 __all__ = ["CudaDevice", "CudaLimits"]
 

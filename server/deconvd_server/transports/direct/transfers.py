@@ -14,9 +14,9 @@ from typing import Final
 
 from deconvd.direct.connection_errors import RemoteProtocolError
 from deconvd.direct.events import MAX_STRIPES_COUNT
+from deconvd.host.machine import processors_count
 from deconvd_server.call.context import CallContext
 from deconvd_server.resources.capabilities import CapabilityTable
-from deconvd_server.resources.machine import processors_count
 from deconvd_server.transports.direct.striped_transfer import (
     STRIPE_WAIT_S,
     StripedTransfer,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from deconvd.host.machine import processors_count
 from deconvd_server.device.cuda.api.nvrtc import compile_cubin, nvrtc_version
 from deconvd_server.device.cuda.kernels.archive import CAPABILITIES, FOLDER, pack, read_cubins
 from deconvd_server.device.cuda.kernels.catalog import common_kernels
 from deconvd_server.device.cuda.kernels.launch import Kernel
-from deconvd_server.resources.machine import processors_count
 
 __all__ = ["main"]
 
