@@ -126,6 +126,7 @@ class Lane:
         kind_key = (key, is_mirrored, *operands_at, *results_at)
         kind = self._kinds.get(kind_key)
         if kind is None:
+            call.note_long()  # plans may have to be chosen first
             kind = self._kinds.put(kind_key, CallKind(make_work(), operands_at, results_at))
         call.check()
         is_large = kind.layout.total_bytes > ARENA_BYTES
