@@ -83,6 +83,15 @@ class FrameStream:
             event = protocol.next_event()
         return event
 
+    def try_next_event(self) -> Event | PendingElements | None:
+        """Return the next event; None if what has arrived is not all of it. Wait for something to arrive, once."""
+        protocol = self.protocol
+        event = protocol.next_event() if protocol.unread_bytes else None
+        if event is None:
+            protocol.unread_bytes += self._stream.read_into(protocol.receive_buffer())
+            event = protocol.next_event()
+        return event
+
     def poll_event(self, timeout_s: float) -> Event | PendingElements | None:
         """Return the next event. None if it has not arrived completely within `timeout_s` seconds."""
         until_s = time.monotonic() + timeout_s

@@ -84,6 +84,8 @@ class CallContext:
             calls never wait.
         close_stream: Breaks the client's connection or stream, from any thread and without waiting: for a client that
             neither sends nor takes anything. The transport sets it; by default it does nothing.
+        note_long: To be called before the call waits for others, or does what takes longer than a small call does: so
+            its thread need not be waited for. Any number of times. The transport sets it; by default it does nothing.
         stop_error: The error with which the server has stopped the call, for its caller; None if it has not.
         ledger: Where the call's time goes.
         tenant: The tenant for whom the call is, if it belongs to a session; None if not.
@@ -98,6 +100,7 @@ class CallContext:
         trace_headers: The caller's span, by the names of W3C Trace Context; empty if it has named none.
         trace_id: The trace that the call belongs to, for the log; empty if there is none.
         problem: What the call computes, once its request is parsed; None if it computes nothing.
+        is_small: Whether the call takes its thread longer than it takes the device: known once its request is parsed.
         waits: Whether the caller would rather wait than be refused.
         is_accepted: Whether a queue has let the call in: from then on it may wait, but is not refused for want of time.
         paused_s: For how long the call has let others have its place.
@@ -125,6 +128,7 @@ class CallContext:
         self.sent_bytes = 0
         self.client_wait: ClientWait = _NO_WAIT
         self.close_stream: Callable[[], None] = _do_nothing
+        self.note_long: Callable[[], None] = _do_nothing
         self.stop_error: DeconvdError | None = None
         self.ledger = Ledger()
         self.tenant: object = None
@@ -133,6 +137,7 @@ class CallContext:
         self.trace_id = ""
         self.problem: Problem | None = None
         self.sendable_bytes = sys.maxsize
+        self.is_small = False
         self.waits = False
         self.is_accepted = False
         self.paused_s = 0.0

@@ -165,6 +165,7 @@ class Admission:
                 if cost_s and span is not None:
                     self._guard.begin(span, cost_s)
                 return
+        call.note_long()
         # a condition for each ticket: `_wake_first` wakes one call, not all that wait
         changed = threading.Condition(self._lock)
         until_s = time.monotonic() + _PATIENCE_S

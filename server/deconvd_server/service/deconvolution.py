@@ -98,6 +98,9 @@ class DeconvolutionService:
         if request.message.HasField("telemetry"):
             note_telemetry(request.message, call)
         parsed = parse_request(operation, request.message, request.data)
+        call.is_small = parsed.is_small
+        if not call.is_small:
+            call.note_long()
         with CallTensors(
             request.message, parsed, self._lender, self._residents, call
         ) as call_tensors:

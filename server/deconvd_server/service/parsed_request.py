@@ -6,6 +6,7 @@ without elements, and must not be changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -42,6 +43,10 @@ _CACHED_REQUESTS_COUNT: Final = 2048
 _LARGEST_CACHED_BYTES: Final = 1024
 """More than an honest request takes without its elements. A longer one is parsed each time, so that no client can fill
 the cache with large ones."""
+
+_SMALL_BYTES: Final = 64 << 10
+_SMALL_PRODUCTS_COUNT: Final = 1 << 18
+"""Up to these limits a call is small: it takes its thread longer than it takes the device."""
 
 _NO_PLACE: Final = SharedSlice(b"", 0)
 
@@ -90,6 +95,17 @@ class ParsedRequest:
     def needs_session(self) -> bool:
         """Whether it uses residents of a session, or makes new ones."""
         return bool(self.named or self.keep or self.remember)
+
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether its work takes well below a millisecond, on a processor, too, and waits for no residents."""
+        specs = (*self.operands.values(), *self.results.values())
+        x, W = self.problem.x.shape, self.problem.W.shape
+        return (
+            not self.needs_session
+            and sum(spec.nbytes for spec in specs) <= _SMALL_BYTES
+            and math.prod(x) * math.prod(W[1:]) <= _SMALL_PRODUCTS_COUNT
+        )
 
     @cached_property
     def operands(self) -> dict[str, TensorSpec]:

@@ -1,5 +1,7 @@
 """The server's end of one direct connection: it serves one call after the other. See `deconvd.direct.protocol`.
 
+Whose thread serves it, its own or one that serves others, too, is the matter of `LeaderFollowers`.
+
     IDLE --a call comes--> BUSY --answered--> IDLE
       |                      |
       `--asked to close------`--asked to close, and answered--> ENDED
@@ -34,6 +36,7 @@ from deconvd.direct.events import (
     CallFailure,
     CallHead,
     EndOfStream,
+    Event,
     Hello,
     MethodCode,
     ProgressReport,
@@ -42,9 +45,10 @@ from deconvd.direct.events import (
 )
 from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.direct.protocol import ProtocolState
+from deconvd.direct.tls_stream import TlsStream
 from deconvd.errors import ExhaustedError
 from deconvd.wire.codec import Envelope, encode
-from deconvd.wire.stream_parts import PartReader
+from deconvd.wire.stream_parts import PartReader, PendingElements
 from deconvd_server.call.context import CallContext, CallerGoneError
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.fair_shares import PeerPlace
@@ -59,6 +63,7 @@ from deconvd_server.service.method import (
 )
 from deconvd_server.transports.direct.greeter import GreetedClient
 from deconvd_server.transports.direct.last_caller import LastCaller
+from deconvd_server.transports.direct.leader_followers import LeaderFollowers
 from deconvd_server.transports.direct.stripe import Stripe
 from deconvd_server.transports.direct.transfers import TransferTable
 from deconvd_server.transports.direct.write_progress import WriteProgress
@@ -79,6 +84,13 @@ _HELLO_SEND_S: Final = 10.0
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
 
+_SMALL_METHODS: Final = frozenset({MethodCode.Deconvolve, MethodCode.DeconvolveGrad})
+"""Methods whose calls may be small. They tell if they are not."""
+
+_MIN_CALLS_ALONE: Final = 64
+_MAX_CALLS_ALONE: Final = 4096
+"""After a call that lasted unforeseen, a connection makes that many small ones before others wait for it again."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -91,20 +103,21 @@ class _ConnectionState(Enum):
 
 
 class DirectConnection:
-    """Serves one direct connection in a thread of its own. No call passes from one thread to another.
+    """Serves one direct connection. No call passes from one thread to another.
 
     Attributes:
-        thread: The thread that serves it.
+        ended: Set once it has ended, and its place is free.
         descriptor: The descriptor of its socket.
         caller_pass: Who the client is.
         peer_key: The peer that the client counts for. See `deconvd_server.resources.peer_identity`.
+        last_turn: See `SharedConnection`.
 
     Args:
         client: The client, which has greeted. Its stream is closed when this ends.
         methods: The methods by their codes.
         transfers: The striped calls, shared by all direct connections of the server.
         instance: The server's id.
-        last_caller: Shared by all direct connections of the server.
+        last_caller, leaders: Shared by all direct connections of the server.
         observers: They are told of every call.
         on_end: Called when it ends, while the descriptor still belongs to it.
     """
@@ -116,13 +129,12 @@ class DirectConnection:
         transfers: TransferTable,
         instance: bytes,
         last_caller: LastCaller,
+        leaders: LeaderFollowers,
         observers: Sequence[Observer],
         on_end: Callable[[DirectConnection], None],
     ) -> None:
         self.descriptor = client.stream.descriptor
-        self.thread = threading.Thread(
-            target=self._serve, name=f"direct {client.peer}", daemon=True
-        )
+        self.ended = threading.Event()
         self.caller_pass = client.caller_pass
         self.peer_key = client.caller_pass.caller.peer_key
         self._identity = client.caller_pass.caller.identity
@@ -134,11 +146,19 @@ class DirectConnection:
         self._transfers = transfers
         self._instance = instance
         self._last_caller = last_caller
+        self._leaders = leaders
+        self.last_turn = 0
+        # OpenSSL may have received a call of which the socket shows nothing.
+        self._may_share = not isinstance(client.stream, TlsStream)
+        self._is_small = False  # the last call
+        self._penalty_count = _MIN_CALLS_ALONE
+        self._calls_alone_count = 0  # that are yet to be served before it may be shared
         self._observers = observers
         self._polling = BusyPolling(_BUSY_POLL_S)
         self._on_end = on_end
         self._lock = threading.Lock()
         self._state = _ConnectionState.IDLE
+        self._has_greeted = False
         self._is_last = False
         self._is_cancelled = False
         self._call: CallContext | None = None
@@ -158,14 +178,20 @@ class DirectConnection:
         return not self.is_idle or time.monotonic() - used_s < age_s
 
     def start(self, place: PeerPlace) -> None:
-        """Start the thread. At its end it frees the place. Raises RuntimeError if the system has no thread left."""
+        """Start a thread, which serves it. At its end it frees the place.
+
+        Raises:
+            RuntimeError: The system has no thread left.
+        """
         self._place = place
         self._began_s = time.monotonic()
         place.is_idle = True
         place.progressed_s = (
             -math.inf
         )  # until it has greeted its client, it is the first to be preempted
-        self.thread.start()
+        threading.Thread(
+            target=self._leaders.serve, args=(self,), name="direct-call", daemon=True
+        ).start()
 
     def refuse(self) -> None:
         """Close the connection instead of starting the thread."""
@@ -206,48 +232,103 @@ class DirectConnection:
         except ConnectionBrokenError as error:
             _log.debug("%s is not told of the failure: %s", self._peer, excerpt(error))
 
-    def _serve(self) -> None:
+    def serve_alone(self) -> bool:
+        """See `SharedConnection`."""
+        is_open = False
         try:
-            self._greet()
-            while self._serve_one():
-                pass
-        except (ConnectionBrokenError, CallerGoneError) as error:
-            is_expected = (
-                self.is_idle or self._stripe is not None
-            )  # a striped call logs its failure
-            _log.log(
-                logging.DEBUG if is_expected else logging.INFO,
-                "the direct connection of %s has ended: %s",
-                self._peer,
-                excerpt(error),
-            )
-        except MemoryError:
-            _log.warning("the direct connection of %s has ended: memory has run out", self._peer)
+            if not self._has_greeted:
+                self._greet()
+            while True:
+                is_open = False  # unless the call ends well
+                self._polling.wait(self._frames, self._is_call_likely)
+                is_open = self._serve_call(self._frames.next_event())
+                if not is_open or self._is_next_small():
+                    return is_open
+        except (ConnectionBrokenError, CallerGoneError, MemoryError) as error:
+            self._log_end(error)
+            return False
         finally:
-            with self._lock:
-                self._state = _ConnectionState.ENDED
-            self._on_end(self)
-            self._frames.close()
-            self._place.free()
+            if not is_open:
+                self._end()
+
+    def serve_next(self) -> bool:
+        """See `SharedConnection`."""
+        is_open = False
+        try:
+            event = self._frames.try_next_event()
+            if event is None:  # the rest may take any time
+                self._note_long()
+                event = self._frames.next_event()
+            is_open = self._serve_call(event)
+            if self._frames.protocol.unread_bytes:  # of which the socket shows nothing
+                self._note_long()
+            return is_open
+        except (ConnectionBrokenError, CallerGoneError, MemoryError) as error:
+            self._log_end(error)
+            return False
+        finally:
+            if not is_open:
+                self._end()
+
+    def note_late(self) -> None:
+        """See `SharedConnection`. Clients that do not take their answers make others wait so: seldom, therefore."""
+        self._penalty_count = min(2 * self._penalty_count, _MAX_CALLS_ALONE)
+        self._calls_alone_count = self._penalty_count
+
+    def _log_end(self, error: Exception) -> None:
+        if isinstance(error, MemoryError):
+            _log.warning("the direct connection of %s has ended: memory has run out", self._peer)
+            return
+        is_expected = self.is_idle or self._stripe is not None  # a striped call logs its failure
+        _log.log(
+            logging.DEBUG if is_expected else logging.INFO,
+            "the direct connection of %s has ended: %s",
+            self._peer,
+            excerpt(error),
+        )
+
+    def _end(self) -> None:
+        with self._lock:
+            self._state = _ConnectionState.ENDED
+        self._leaders.forget(self)
+        self._on_end(self)
+        self._frames.close()
+        self._place.free()
+        self.ended.set()
 
     def _greet(self) -> None:
+        self._has_greeted = True
         self._frames.set_deadline(_HELLO_SEND_S)
         self._frames.send(Hello(self._instance))
         self._frames.set_deadline(None)
         self._place.note_progress()
 
-    def _serve_one(self) -> bool:
-        """Serve the next call, and return whether there may be another."""
-        self._polling.wait(self._frames, self._is_call_likely)
-        head = self._frames.next_event()
+    def _is_next_small(self) -> bool:
+        """Return whether the connection may be shared: its next call is likely to be small, as the last one was."""
+        if not self._is_small or not self._may_share or self._frames.protocol.unread_bytes:
+            return False
+        if self._calls_alone_count:
+            self._calls_alone_count -= 1
+            return False
+        return True
+
+    def _note_long(self) -> None:
+        """Let others be served meanwhile: the call under way is not small, or must wait."""
+        self._leaders.hand_over(self)
+
+    def _serve_call(self, head: Event | PendingElements) -> bool:
+        """Serve a call, and return whether there may be another."""
         while isinstance(
             head, ProgressReport
         ):  # of an overlapped call that was answered before it came
+            self._note_long()
             head = self._frames.next_event()
         if not self.caller_pass.is_valid():
             _log.info("%s may no longer call: its credentials have ended", self._peer)
             raise ConnectionClosedError("its credentials have ended")
         if isinstance(head, StripeHead):
+            self._is_small = False
+            self._note_long()
             self._serve_stripe(head)
             return self._end_call()
         assert isinstance(head, CallHead | StripedCallHead), (
@@ -291,10 +372,17 @@ class DirectConnection:
     def _answer(self, head: CallHead | StripedCallHead) -> None:
         """Serve a call, and send its answer or its failure."""
         method = self._methods[head.method]
+        if (
+            head.method not in _SMALL_METHODS
+            or isinstance(head, StripedCallHead)
+            or head.is_overlapped
+        ):
+            self._note_long()
         call = CallContext(
             head.timeout_s, self._peer, self.peer_key, self._identity, self._transport
         )
         call.sendable_bytes = MAX_MESSAGE_BYTES
+        call.note_long = self._note_long
         with self._lock:
             self._begin_call()
             self._call = call
@@ -321,6 +409,7 @@ class DirectConnection:
                 self._send_failure(scope.failure)
         finally:
             call.end()
+            self._is_small = call.is_small
 
     def _respond(self, method: RpcMethod, head: CallHead, call: CallContext) -> None:
         if not isinstance(method, UnaryMethod):

@@ -26,13 +26,14 @@ from deconvd_server.service.method import RpcMethod
 from deconvd_server.transports.direct.connection import DirectConnection
 from deconvd_server.transports.direct.greeter import GreetedClient, Greeter
 from deconvd_server.transports.direct.last_caller import LastCaller
+from deconvd_server.transports.direct.leader_followers import LeaderFollowers
 from deconvd_server.transports.direct.transfers import TransferTable
 from deconvd_server.transports.observers import Observer
 
 __all__ = ["DirectServer"]
 
 _CONNECTIONS_COUNT: Final = 256
-"""How many direct connections there may be. Each takes a thread, which costs little while it waits."""
+"""How many direct connections there may be. Each brings a thread, which costs little while it waits."""
 
 _RESERVED_CONNECTIONS_COUNT: Final = 32
 """How many of them are for peers that have none: as many as may well come at once while one peer has all the others."""
@@ -68,7 +69,7 @@ class DirectServer:
         authenticator: Says who clients are.
         tls: How connections by TCP are encrypted; None if they are not.
         observers: They are told of every call.
-        on_lost: Called with the name of what is lost, if an unforeseen error ends the thread that accepts connections.
+        on_lost: Called with the name of what is lost, if an unforeseen error ends a thread that all need.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class DirectServer:
             self._greet,
             on_lost,
         )
+        self._leaders = LeaderFollowers(self._last_caller, self._call_later, on_lost)
         self._greeter = Greeter(self._listener, authenticator, tls, instance, self._admit)
         self.heartbeat: Heartbeat = Heartbeat(self._listener.call_later)
         if not authenticator.is_open:
@@ -142,14 +144,14 @@ class DirectServer:
         for connection in self._all_connections():
             connection.close_when_idle()
         for connection in self._all_connections():
-            connection.thread.join(max(deadline_s - time.monotonic(), 0))
-            self._is_clean &= not connection.thread.is_alive()
+            self._is_clean &= connection.ended.wait(max(deadline_s - time.monotonic(), 0))
             connection.cancel()
-            connection.thread.join()
+            connection.ended.wait()
         self._listener.stop()
         self._thread.join()
         self._greeter.close()
         self._listener.close()
+        self._leaders.close()
         return self._is_clean
 
     @property
@@ -203,6 +205,7 @@ class DirectServer:
             self._transfers,
             self._instance,
             self._last_caller,
+            self._leaders,
             self._observers,
             self._forget,
         )
@@ -245,7 +248,11 @@ class DirectServer:
         """Have it told soon that connections have begun or ended: clients that begin get their homes by that."""
         if not self._is_change_noted:
             self._is_change_noted = True
-            self._listener.call_soon(partial(self._listener.call_later, _TELL_S, self._tell_load))
+            self._call_later(_TELL_S, self._tell_load)
+
+    def _call_later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Call `action` in `delay_s` seconds, in the thread that accepts connections. Any thread may call this."""
+        self._listener.call_soon(partial(self._listener.call_later, delay_s, action))
 
     def _tell_load(self) -> None:
         self._is_change_noted = False

@@ -124,7 +124,9 @@ class Lane:
         is_mirrored = not any(map(self._is_direct, (*operands, *targets)))
         # Graphs of a kind copy from and to fixed addresses on the card. Those are part of the key.
         kind_key = (key, is_mirrored, *operands_at, *results_at)
-        kind = self._find_kind(kind_key, lambda: CallKind(make_work(), operands_at, results_at))
+        kind = self._find_kind(
+            kind_key, lambda: CallKind(make_work(), operands_at, results_at), call
+        )
         call.check()
         is_large = kind.layout.total_bytes > ARENA_BYTES
         if is_large and self.pipeline.run_steps(kind, operands, places, call):
@@ -166,7 +168,7 @@ class Lane:
             copied_from.append(pointer if is_copied else None)
         kind_key = (key, count, *operands_at, *(pointer is None for pointer in copied_from))
         kind = self._find_kind(
-            kind_key, lambda: CallKind(make_work(), operands_at, [None], parts_count=count)
+            kind_key, lambda: CallKind(make_work(), operands_at, [None], parts_count=count), call
         )
         self.pipeline.run(kind, operands, copied_from, y, addresses, call)
 
@@ -190,10 +192,13 @@ class Lane:
         """Forget all kinds of calls and their graphs. No call may be under way."""
         self._kinds.clear()
 
-    def _find_kind(self, key: Hashable, make: Callable[[], CallKind]) -> CallKind:
+    def _find_kind(
+        self, key: Hashable, make: Callable[[], CallKind], call: CallContext
+    ) -> CallKind:
         """Return the kind of a call: one that is remembered, unless there are better plans by now."""
         kind = self._kinds.get(key)
         if kind is None or (kind.work.stand_ins and not kind.may_serve()):
+            call.note_long()  # plans may have to be chosen first
             kind = self._kinds.put(key, make())
         return kind
 

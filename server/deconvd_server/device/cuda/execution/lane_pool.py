@@ -51,6 +51,8 @@ class LanePool:
         Raises:
             CallCancelledError, DeadlineError: The call has ended.
         """
+        if not self._idle:
+            call.note_long()
         with self._lock:
             call.check()
             while not self._idle:
