@@ -148,3 +148,36 @@ def test_a_call_waits_for_the_memory_of_a_search_and_for_no_other() -> None:
         memory.lease(60)
     call.free()
     assert memory.stats.used_bytes == 0
+
+
+def test_what_does_not_fit_after_a_search_either_is_refused_at_once() -> None:
+    memory = memory_of(Card(100).allocate)
+    with memory.lease_resident(50), memory.lease_for_search(30):
+        with pytest.raises(ExhaustedError, match=r"60 bytes .* are needed, 20 of 100 are free"):
+            memory.lease(60)
+        with memory.lease(20):
+            pass
+
+
+def test_searches_that_follow_each_other_leave_room_for_a_call() -> None:
+    memory = memory_of(Card(100).allocate)
+    begun, is_over = (threading.Event(), threading.Event()), threading.Event()
+
+    def search_again_and_again(own: threading.Event, other: threading.Event) -> None:
+        while not is_over.is_set():
+            with memory.lease_for_search(40):
+                own.set()
+                other.wait(0.05)  # so that there is always one
+                other.clear()
+
+    with ThreadPoolExecutor(3) as pool:
+        searches = [pool.submit(search_again_and_again, *pair) for pair in (begun, begun[::-1])]
+        try:
+            for event in begun:
+                assert event.wait(60)
+            pool.submit(lambda: memory.lease(70).free()).result(60)
+        finally:
+            is_over.set()
+        for search in searches:
+            search.result(60)
+    assert memory.stats.used_bytes == 0

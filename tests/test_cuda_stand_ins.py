@@ -19,6 +19,7 @@ from deconvd.model.options import Options, UseCudnn
 from deconvd.model.problem import Problem, TensorSpec
 from deconvd_server.call.context import CallContext
 from deconvd_server.device.cpu import CpuDevice
+from deconvd_server.device.cuda.api.nvrtc import CompileError
 from deconvd_server.device.cuda.plan import Plan, Product
 from deconvd_server.device.cuda.plans import candidates, later_searches
 from deconvd_server.device.cuda.plans.candidates import Candidates
@@ -114,10 +115,11 @@ class Searches:
         self.error: Exception | None = None
 
     def search(self, key: PlanKey) -> None:
+        error = self.error  # before anyone sees that the search is made, and changes it
         self.made.append(key)
         assert self.goes_on.wait(60)
-        if self.error is not None:
-            raise self.error
+        if error is not None:
+            raise error
 
     def add(self, later: LaterSearches, *widths: int) -> list[StandIn]:
         stand_ins = [StandIn(FakePlan("ours", 1.0), 1, lambda _: None) for _ in widths]
@@ -169,6 +171,18 @@ def test_a_search_that_fails_is_made_again_when_it_is_asked_for_again() -> None:
     wait_until(lambda: found.is_replaced)
     assert not failed.is_replaced
     assert not fails_too.is_replaced
+    later.close()
+
+
+def test_a_kernel_that_cannot_be_compiled_costs_others_no_search() -> None:
+    searches, later = Searches(), idle_searches()
+    searches.error = CompileError("NVRTC cannot be loaded")
+    (failed,) = searches.add(later, 8)
+    wait_until(lambda: len(searches.made) == 1)
+    searches.error = None
+    (found,) = searches.add(later, 9)
+    wait_until(lambda: found.is_replaced)
+    assert not failed.is_replaced
     later.close()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import deconvd_client
 from deconvd.errors import InvalidArgumentError
 from deconvd_server.exit_codes import ExitCode
+from deconvd_server.supervision import devices
 from deconvd_server.supervision.devices import may_be_several
 from deconvd_server.supervision.layout import check_layout
 from deconvd_server.supervision.process_choice import ProcessChoice, choose_processes
@@ -147,6 +150,20 @@ def test_one_process_serves_where_others_would_be_of_no_use_or_out_of_reach(
     assert choice.reason.startswith(said)
 
 
+def test_why_one_process_serves_cards_that_nobody_could_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = f"import os, sys\nif {devices.__name__!r} in sys.orig_argv: os._exit(9)\n"
+    (tmp_path / "sitecustomize.py").write_text(end)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    choice = choose_processes(options())
+
+    assert choice.places == ()
+    assert "the cards cannot be counted" in choice.reason
+    assert "exit status 9" in choice.reason
+
+
 def test_no_process_but_one_is_chosen_for_one_device() -> None:
     assert choose_processes(options(device="cpu")) == ProcessChoice()
     assert choose_processes(options(device="cuda:0")) == ProcessChoice()
@@ -228,6 +245,42 @@ def test_the_folder_of_plans_goes_with_the_server_or_with_the_next_one_if_that_i
         assert server.end() == ExitCode.DRAINED
 
     assert list(temporary.iterdir()) == [of_another]
+
+
+_AS_NOBODY = """
+import os
+from deconvd_server.supervision.plans_folder import temporary_plans_folder
+if not os.geteuid():
+    os.seteuid(65534)
+with temporary_plans_folder() as folder:
+    assert folder.path.is_dir()
+    print(folder.path)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o333])  # where others may look, and where they may not
+def test_a_folder_that_this_user_may_not_look_into_is_no_obstacle(mode: int) -> None:
+    with TemporaryDirectory() as directory:
+        locked = Path(directory, "deconvd-workers-of-another")
+        locked.mkdir()
+        (locked / "temporary").touch()
+        locked.chmod(0)
+        os.chmod(directory, mode)
+
+        ended = subprocess.run(
+            [sys.executable, "-c", _AS_NOBODY],
+            env={**os.environ, "TMPDIR": directory},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+        os.chmod(directory, 0o700)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert Path(ended.stdout.strip()).parent == Path(directory)
+        assert list(Path(directory).iterdir()) == [locked]
+        locked.chmod(0o700)
 
 
 def test_without_a_place_for_plans_they_are_not_shared(socket_directory: Path) -> None:

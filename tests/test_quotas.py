@@ -194,6 +194,14 @@ def test_owners_that_find_no_place_take_nothing(rows: list[SharedQuotas]) -> Non
     assert not quotas.take(tenants[7], 1)
 
 
+def test_owners_whose_keys_are_alike_are_not_the_same(rows: list[SharedQuotas]) -> None:
+    keys = [bytes(8) + b"1" * 8, b"1" * 8 + bytes(8), b"1" * 16]
+    for used_bytes, key in enumerate(keys, start=1):
+        assert rows[0].publish(key, used_bytes)
+
+    assert [rows[1].used_by_others(key) for key in keys] == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+
+
 def test_answers_are_for_those_who_have_asked(rows: list[SharedQuotas]) -> None:
     rows[2].answer(0, 5)
 

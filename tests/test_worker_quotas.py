@@ -24,6 +24,19 @@ _IMAGE_BYTES = 256 << 10
 _QUOTA_BYTES = 4 * _IMAGE_BYTES
 
 
+_SLOW_DROPS = """
+import time
+from deconvd_server.residents.registry import ResidentRegistry
+drop = ResidentRegistry._drop_if_idle
+def drop_slowly(registry, entry):
+    is_dropped = drop(registry, entry)
+    time.sleep(0.02)
+    return is_dropped
+ResidentRegistry._drop_if_idle = drop_slowly
+"""
+"""As in a process that has to wait for a processor: another one can take the room that each dropped tensor leaves."""
+
+
 def image(number: int) -> Array:
     return np.full((1, 1, 256, 256), number, np.float32)
 
@@ -91,6 +104,19 @@ def test_what_can_be_sent_again_gives_way_to_what_another_process_keeps(
         assert first.resident_count() == 2
         remember(second, 9)
         assert (first.resident_count(), second.resident_count()) == (1, 3)
+
+
+def test_no_more_gives_way_than_another_process_needs(tmp_path: Path) -> None:
+    options = ["--processes", "2", "--tenant-bytes", str(_QUOTA_BYTES)]
+    with (
+        server_process(tmp_path, *options, prelude=_SLOW_DROPS) as server,
+        clients(server, b"slow") as (first, second),
+    ):
+        for seed in range(4):
+            remember(first, seed)
+        second.put(image(0))
+
+        assert first.resident_count() == 3
 
 
 def test_a_process_that_ends_gives_back_what_a_tenant_had_there(server: ServerProcess) -> None:

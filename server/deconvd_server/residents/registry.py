@@ -278,12 +278,15 @@ class ResidentRegistry:
         with self._changed:
             tenants = [tenant for tenant in self._contents if tenant.shared_key == owner]
             contents = [entry for tenant in tenants for entry in self._contents_of(tenant)]
+            # counted once: the other process may take what is free before all of it is
+            lacking_bytes = self._quotas.lacking_bytes(tenants[0], size_bytes) if tenants else 0
         for batch in _batches(contents):
             with self._changed:
                 for entry in batch:
-                    if self._quotas.have_room(entry.tenant, size_bytes):
+                    if lacking_bytes <= 0:
                         return
-                    self._drop_if_idle(entry)
+                    if self._drop_if_idle(entry):
+                        lacking_bytes -= entry.size_bytes
             self._placement.sweep()
 
     def _take_quota(self, session: Session, size_bytes: int, call: CallContext) -> None:
@@ -334,11 +337,13 @@ class ResidentRegistry:
                     self._drop_if_idle(entry)
             self._placement.sweep()
 
-    def _drop_if_idle(self, entry: ResidentEntry) -> None:
-        """Drop a tensor that has a content, unless it has a name or a user, for other tensors of its owner."""
-        if entry.is_idle and not entry.names:
-            entry.tier.note_eviction(entry.tenant)
-            self._placement.drop(entry)
+    def _drop_if_idle(self, entry: ResidentEntry) -> bool:
+        """Drop a tensor that has a content, unless it has a name or a user, for others of its owner. Return whether."""
+        if not entry.is_idle or entry.names:
+            return False
+        entry.tier.note_eviction(entry.tenant)
+        self._placement.drop(entry)
+        return True
 
     def _droppable_for(self, tenant: Tenant, size_bytes: int) -> Sequence[ResidentEntry]:
         """Return the tensors with a content that may make room in the quota of a tenant, in this order.

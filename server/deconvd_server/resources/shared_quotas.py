@@ -30,7 +30,8 @@ _SLOTS_COUNT: Final = 1024
 
 _ROW: Final = np.dtype(
     [
-        ("owners", "<u8", (_SLOTS_COUNT, OWNER_BYTES // 8)),
+        # the two halves of each owner's key: to look for one half in memory without gaps is fast
+        ("owners", "<u8", (OWNER_BYTES // 8, _SLOTS_COUNT)),
         ("used_bytes", "<i8", _SLOTS_COUNT),
         ("answered", "<u8", MAX_WORKERS_COUNT),
     ]
@@ -56,6 +57,7 @@ class SharedQuotas:
         self.number = number
         size_bytes = os.fstat(descriptor).st_size
         self._rows = np.frombuffer(mmap.mmap(descriptor, size_bytes), _ROW)
+        self._first_halves = self._rows["owners"][:, 0]
         self._slots: dict[bytes, int] = {}
         self._free = list(range(_SLOTS_COUNT))
 
@@ -80,19 +82,22 @@ class SharedQuotas:
             if not self._free:
                 return False
             slot = self._slots[owner] = self._free.pop()
-            row["owners"][slot] = np.frombuffer(owner, "<u8")
+            row["owners"][:, slot] = np.frombuffer(owner, "<u8")
         row["used_bytes"][slot] = used_bytes
         if not used_bytes:
-            row["owners"][slot] = 0
+            row["owners"][:, slot] = 0
             self._free.append(self._slots.pop(owner))
         return True
 
     def used_by_others(self, owner: bytes) -> list[int]:
         """Return how many bytes an owner uses in each process; 0 for this one."""
-        is_owner = (self._rows["owners"] == np.frombuffer(owner, "<u8")).all(axis=-1)
-        used_bytes = np.where(is_owner, self._rows["used_bytes"], 0).sum(axis=-1)
-        used_bytes[self.number] = 0
-        return list(map(int, used_bytes))
+        first, second = np.frombuffer(owner, "<u8")
+        used_bytes = [0] * self.count
+        # by one half of the key first: this is done with the registry's lock held, for each tensor that is dropped
+        for number, slot in zip(*np.nonzero(self._first_halves == first), strict=True):
+            if number != self.number and self._rows["owners"][number, 1, slot] == second:
+                used_bytes[number] += int(self._rows["used_bytes"][number, slot])
+        return used_bytes
 
     def answer(self, asker: int, number: int) -> None:
         """Tell a process that its request of that number, and all before it, have been served here."""

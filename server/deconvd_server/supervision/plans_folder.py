@@ -63,8 +63,8 @@ def temporary_plans_folder() -> Iterator[PlansFolder | None]:
         )
         yield None
         return
-    _remove_abandoned(folder.path.parent)
     try:
+        _remove_abandoned(folder.path.parent)
         yield folder
     finally:
         shutil.rmtree(folder.path, ignore_errors=True)
@@ -83,19 +83,28 @@ def _make() -> PlansFolder:
 
 def _remove_abandoned(parent: Path) -> None:
     """Remove the folders of this user that no process has locked."""
-    for name in os.listdir(parent):
-        path = parent / name
-        if not (name.startswith(_PREFIX) and (path / _MARK).is_file()):
-            continue
+    try:
+        names = os.listdir(parent)
+    except OSError as error:  # others may make folders there, and not look at them
+        _log.debug("folders of plans in %s are left: %s", parent, error)
+        return
+    for path in (parent / name for name in names if name.startswith(_PREFIX)):
         try:
-            descriptor = _lock(path)
+            _remove_if_abandoned(path)
         except OSError as error:  # somebody else's, or another supervisor removes it now
             _log.debug("%s is left: %s", path, error)
-            continue
-        if descriptor is not None:
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    descriptor = _lock(path)  # first: nobody may look into the folder of another user
+    if descriptor is None:
+        return
+    try:
+        if (path / _MARK).is_file():
             shutil.rmtree(path, ignore_errors=True)
-            os.close(descriptor)
             _log.info("%s, of a server that was killed, is removed", path)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: Path) -> int | None:

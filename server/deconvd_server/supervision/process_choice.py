@@ -68,8 +68,9 @@ def _choose_by_cards(options: Mapping[str, Any]) -> ProcessChoice:
         return ProcessChoice(reason=reason)
     try:
         devices = devices_of(options["device"])
-    except DeviceUnavailableError:  # one process says so as well, or computes on the processor
-        return ProcessChoice()
+    except DeviceUnavailableError as error:
+        # one process says so as well, or finds cards that nobody could count
+        return ProcessChoice(reason=str(error))
     if len(devices) == 1:
         return ProcessChoice()
     try:

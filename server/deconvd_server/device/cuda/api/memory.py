@@ -110,9 +110,10 @@ class DeviceMemory:
         self._allocate_resident = allocate_resident
         self._allocate_shared = allocate_shared
         self._lock = threading.Lock()
-        self._search_ended = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._used_bytes = 0
         self._searched_bytes = 0
+        self._waiting_count = 0  # calls and residents that wait for the end of a search
         self._peak_bytes = 0
         self._blocks_count = 0
         self._leased_count = 0
@@ -131,7 +132,7 @@ class DeviceMemory:
 
         No call may fail because of a search that none waits for, so calls and residents wait for its end.
 
-        Raises as `lease` does, without a wait.
+        Raises as `lease` does. It waits only for those that wait for another search, so that they get its memory.
         """
         return self._lease_block(size_bytes, self._allocate, _User.SEARCH)
 
@@ -173,10 +174,10 @@ class DeviceMemory:
 
     def _reserve(self, size_bytes: int, user: _User) -> None:
         with self._lock:
-            while (
-                size_bytes > self._free_bytes and self._searched_bytes and user is not _User.SEARCH
-            ):
-                self._search_ended.wait()
+            if user is _User.SEARCH:
+                self._wait_for_others(size_bytes)
+            elif size_bytes > self._free_bytes:
+                self._wait_for_searches(size_bytes)
             if size_bytes > self._free_bytes:
                 self._refused_count += 1
                 raise ExhaustedError(
@@ -187,11 +188,25 @@ class DeviceMemory:
             self._leased_count += user is not _User.RESIDENT
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
 
+    def _wait_for_others(self, size_bytes: int) -> None:
+        """Let those go first, in a search for which there is room, that wait for the end of another search."""
+        while self._waiting_count and size_bytes <= self._free_bytes:
+            self._changed.wait()
+
+    def _wait_for_searches(self, size_bytes: int) -> None:
+        """Wait for the ends of searches, as far as they make room."""
+        self._waiting_count += 1
+        while self._free_bytes < size_bytes <= self._free_bytes + self._searched_bytes:
+            self._changed.wait()
+        self._waiting_count -= 1
+        if not self._waiting_count:
+            self._changed.notify_all()
+
     def _unreserve(self, size_bytes: int, user: _User) -> None:
         with self._lock:
             self._count(-size_bytes, user, -1)
-            if user is _User.SEARCH:
-                self._search_ended.notify_all()
+            if self._waiting_count:
+                self._changed.notify_all()
 
     @property
     def _free_bytes(self) -> int:

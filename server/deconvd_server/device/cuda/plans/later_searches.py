@@ -121,5 +121,9 @@ class LaterSearches:
                 search(key)
         except DeconvdError as error:  # all that the card and cuDNN raise is translated to such
             _log.info("no better plan was found for %s of %s: %s", key.product, key.problem, error)
-            return
-        stand_in.is_replaced = True
+        except Exception:  # noqa: BLE001 - logged: a kernel may not compile, and other shapes wait for their searches
+            _log.exception(
+                "the search of a better plan failed for %s of %s", key.product, key.problem
+            )
+        else:
+            stand_in.is_replaced = True
