@@ -328,4 +328,4 @@ def _result_pool_bytes() -> int:
 
 def _find_memory_socket(stub: Stub, owners: Owners, deadline: Deadline) -> str:
     """Return the path of the socket where the server lends memory; empty if it lends none on this host."""
-    return find_memory_socket(stub.recent_server_info(deadline), unix_path(stub.target), owners)
+    return find_memory_socket(stub.find_sockets("memory", deadline), unix_path(stub.target), owners)

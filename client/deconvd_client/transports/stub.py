@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -47,8 +48,28 @@ _SOCKETS_AGE_S: Final = 0.1
 """How old the names of its sockets may be: a first call needs several of them. A killed server is replaced in half a
 second."""
 
-_NO_INFO: Final[tuple[pb.GetServerInfoResponse | None, float]] = (None, -math.inf)
-"""What a server that has told nothing has told of itself, and when."""
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a server has told of itself.
+
+    Attributes:
+        told_s: When, on the monotonic clock.
+        purposes: For which of them it has been used.
+    """
+
+    info: pb.GetServerInfoResponse
+    told_s: float
+    purposes: set[str] = field(default_factory=set)
+
+    @property
+    def age_s(self) -> float:
+        """How long ago it was told."""
+        return time.monotonic() - self.told_s
+
+
+_NO_ANSWER: Final = _Answer(pb.GetServerInfoResponse(), -math.inf)
+"""Of a server that has told nothing yet."""
 
 
 class Stub:
@@ -84,7 +105,7 @@ class Stub:
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self._takes_packed: bool | None = None  # None until the server has said it
-        self._last_info = _NO_INFO
+        self._answer = _NO_ANSWER
         self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
@@ -178,7 +199,7 @@ class Stub:
     def forget_info(self) -> None:
         """Have the server asked again what it is: another one may have come in its place."""
         self._takes_packed = None
-        self._last_info = _NO_INFO
+        self._answer = _NO_ANSWER
 
     def require_feature(self, name: str, remedy: str, deadline: Deadline) -> None:
         """Raise an error if the server lacks a feature.
@@ -194,7 +215,9 @@ class Stub:
 
     def has_feature(self, name: str, deadline: Deadline) -> bool:
         """Return whether the server has a feature. It is asked for its features, unless it has just named them."""
-        return name in self._recent_info(deadline, _FEATURES_AGE_S).features
+        answer = self._answer
+        info = answer.info if answer.age_s < _FEATURES_AGE_S else self.get_server_info(deadline)
+        return name in info.features
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
         """Call DropTensors."""
@@ -212,17 +235,25 @@ class Stub:
         response, _ = self._grpc.unary("GetServerInfo", request.SerializeToString(), deadline)
         info = parse_response(pb.GetServerInfoResponse, response)
         self._takes_packed = PACKED_ELEMENTS in info.features
-        self._last_info = (info, time.monotonic())
+        self._answer = _Answer(info, time.monotonic())
         if self._note_info is not None:
             self._note_info(info)
         return info
 
-    def recent_server_info(self, deadline: Deadline) -> pb.GetServerInfoResponse:
-        """Return what the server told a moment ago, else call GetServerInfo.
+    def find_sockets(self, purpose: str, deadline: Deadline) -> pb.GetServerInfoResponse:
+        """Return what the server has told a moment ago, else call GetServerInfo.
 
-        What a first call needs, such as sockets of two kinds, is found by several threads, each of which would ask.
+        The threads of a first call look for sockets of two kinds, and would each ask. But one answer serves each
+        purpose once: who looks again has found that a socket is not there any more.
+
+        Args:
+            purpose: What the sockets are for.
         """
-        return self._recent_info(deadline, _SOCKETS_AGE_S)
+        answer = self._answer
+        if answer.age_s < _SOCKETS_AGE_S and purpose not in answer.purposes:
+            answer.purposes.add(purpose)
+            return answer.info
+        return self.get_server_info(deadline)
 
     def health(self, deadline: Deadline) -> str:
         """Return the server's health: ``SERVING``, ``NOT_SERVING`` or another name of gRPC's."""
@@ -238,11 +269,5 @@ class Stub:
             self.direct.close()
         self._grpc.close(deadline)
 
-    def _recent_info(self, deadline: Deadline, age_s: float) -> pb.GetServerInfoResponse:
-        info, told_s = self._last_info
-        if info is not None and time.monotonic() - told_s < age_s:
-            return info
-        return self.get_server_info(deadline)
-
     def _fetch_server_info(self) -> pb.GetServerInfoResponse:
-        return self.recent_server_info(Deadline(_SERVER_INFO_TIMEOUT_S))
+        return self.find_sockets("calls", Deadline(_SERVER_INFO_TIMEOUT_S))
