@@ -73,14 +73,19 @@ def test_the_cudnn_that_will_not_do_is_named_with_where_it_is() -> None:
 
 
 @pytest.mark.gpu
-def test_with_a_cudnn_that_will_not_do_the_processor_computes_where_it_may() -> None:
-    command = f"{_OLD_CUDNN}\nfrom deconvd_server.__main__ import main\nmain()"
-    options = ("--device", "auto", "--listen", "127.0.0.1:0", "--log-level", "warning")
+def test_with_a_cudnn_that_will_not_do_the_processor_computes_where_it_may(
+    tmp_path: Path,
+) -> None:
+    # each Python imports it when it starts: also the one that counts the cards, and those of several cards
+    (tmp_path / "sitecustomize.py").write_text(_OLD_CUDNN)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    options = ("--device", "auto", "--listen", "127.0.0.1:0", "--log-level", "info")
     with subprocess.Popen(
-        [sys.executable, "-c", command, *options],
+        [sys.executable, "-m", "deconvd_server", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     ) as process:
         assert process.stdout is not None
         try:

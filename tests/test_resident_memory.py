@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
-from deconvd.lending.protocol import ReplyStatus
+from deconvd.lending.protocol import FIRST_REGION_BYTES, ReplyStatus
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import ExhaustedError, connect
@@ -324,6 +324,7 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 def test_neither_end_keeps_mapped_what_was_given_back(tmp_path: Path, device: str) -> None:
     """A first call may search plans, a second captures a graph, and those after it launch that."""
     filters = np.ones((8, 1, 1, 1), np.float32)
+    ready_bytes = FIRST_REGION_BYTES if device == "cuda" else 0  # for the next client
     with server_process(tmp_path, device=device, constants=GRAPHS_SOON) as server:
         for calls_count in (1, 2, 4):
             with connect(server.target, transport="shared_memory") as F:
@@ -331,10 +332,13 @@ def test_neither_end_keeps_mapped_what_was_given_back(tmp_path: Path, device: st
                 x[...] = 1
                 for _ in range(calls_count):
                     y = F.deconvolution_2d(x, filters)
-                assert lent_bytes(server.process.pid) == lent_bytes(os.getpid()) > 0
+                assert lent_bytes(os.getpid()) > 0
+                wait_until(
+                    lambda: lent_bytes(server.process.pid) == lent_bytes(os.getpid()) + ready_bytes
+                )
                 del x, y
             wait_until(lambda: lent_bytes(os.getpid()) == 0)
-            wait_until(lambda: lent_bytes(server.process.pid) == 0)
+            wait_until(lambda: lent_bytes(server.process.pid) == ready_bytes)
 
 
 @DEVICES

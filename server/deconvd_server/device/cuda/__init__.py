@@ -69,7 +69,12 @@ def devices_count() -> int:
 
 
 def check_device(ordinal: int) -> None:
-    """Raise DeviceUnavailableError if a card cannot be used, as far as can be told without opening it."""
+    """Raise DeviceUnavailableError if a card cannot be used, as far as can be told without opening it.
+
+    It may be too old, or cuDNN may be missing or too old.
+    """
     from deconvd_server.device.cuda.api.runtime import check_card
+    from deconvd_server.device.cuda.cudnn import Cudnn
 
     check_card(ordinal)
+    Cudnn()
