@@ -255,6 +255,7 @@ if not os.geteuid():
 with temporary_plans_folder() as folder:
     assert folder.path.is_dir()
     print(folder.path)
+os.seteuid(os.getuid())  # whose files this process writes at its end
 """
 
 

@@ -50,7 +50,7 @@ second."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _RecentInfo:
     """What a server has told of itself.
 
     Attributes:
@@ -68,7 +68,7 @@ class _Answer:
         return time.monotonic() - self.told_s
 
 
-_NO_ANSWER: Final = _Answer(pb.GetServerInfoResponse(), -math.inf)
+_NO_INFO: Final = _RecentInfo(pb.GetServerInfoResponse(), -math.inf)
 """Of a server that has told nothing yet."""
 
 
@@ -105,7 +105,7 @@ class Stub:
         self.link_rate: LinkRate = LinkRate()
         self._grpc = grpc
         self._takes_packed: bool | None = None  # None until the server has said it
-        self._answer = _NO_ANSWER
+        self._recent = _NO_INFO
         self.direct: DirectTransport | None = None
         self._transport: Transport = grpc
         self._at_most_once_transport: Transport = grpc
@@ -199,7 +199,7 @@ class Stub:
     def forget_info(self) -> None:
         """Have the server asked again what it is: another one may have come in its place."""
         self._takes_packed = None
-        self._answer = _NO_ANSWER
+        self._recent = _NO_INFO
 
     def require_feature(self, name: str, remedy: str, deadline: Deadline) -> None:
         """Raise an error if the server lacks a feature.
@@ -215,8 +215,8 @@ class Stub:
 
     def has_feature(self, name: str, deadline: Deadline) -> bool:
         """Return whether the server has a feature. It is asked for its features, unless it has just named them."""
-        answer = self._answer
-        info = answer.info if answer.age_s < _FEATURES_AGE_S else self.get_server_info(deadline)
+        recent = self._recent
+        info = recent.info if recent.age_s < _FEATURES_AGE_S else self.get_server_info(deadline)
         return name in info.features
 
     def drop_tensors(self, request: pb.DropTensorsRequest, deadline: Deadline) -> None:
@@ -235,7 +235,7 @@ class Stub:
         response, _ = self._grpc.unary("GetServerInfo", request.SerializeToString(), deadline)
         info = parse_response(pb.GetServerInfoResponse, response)
         self._takes_packed = PACKED_ELEMENTS in info.features
-        self._answer = _Answer(info, time.monotonic())
+        self._recent = _RecentInfo(info, time.monotonic())
         if self._note_info is not None:
             self._note_info(info)
         return info
@@ -249,10 +249,10 @@ class Stub:
         Args:
             purpose: What the sockets are for.
         """
-        answer = self._answer
-        if answer.age_s < _SOCKETS_AGE_S and purpose not in answer.purposes:
-            answer.purposes.add(purpose)
-            return answer.info
+        recent = self._recent
+        if recent.age_s < _SOCKETS_AGE_S and purpose not in recent.purposes:
+            recent.purposes.add(purpose)
+            return recent.info
         return self.get_server_info(deadline)
 
     def health(self, deadline: Deadline) -> str:
