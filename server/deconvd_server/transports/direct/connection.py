@@ -234,41 +234,42 @@ class DirectConnection:
 
     def serve_alone(self) -> bool:
         """See `SharedConnection`."""
-        is_open = False
-        try:
-            if not self._has_greeted:
-                self._greet()
-            while True:
-                is_open = False  # unless the call ends well
-                self._polling.wait(self._frames, self._is_call_likely)
-                is_open = self._serve_call(self._frames.next_event())
-                if not is_open or self._is_next_small():
-                    return is_open
-        except (ConnectionBrokenError, CallerGoneError, MemoryError) as error:
-            self._log_end(error)
-            return False
-        finally:
-            if not is_open:
-                self._end()
+        return self._serve_until_end(self._serve_calls_alone)
 
     def serve_next(self) -> bool:
         """See `SharedConnection`."""
+        return self._serve_until_end(self._serve_next_call)
+
+    def _serve_until_end(self, serve: Callable[[], bool]) -> bool:
+        """Serve calls, and end the connection unless it is still open afterwards. Return whether it is."""
         is_open = False
         try:
-            event = self._frames.try_next_event()
-            if event is None:  # the rest may take any time
-                self._note_long()
-                event = self._frames.next_event()
-            is_open = self._serve_call(event)
-            if self._frames.protocol.unread_bytes:  # of which the socket shows nothing
-                self._note_long()
-            return is_open
+            is_open = serve()
         except (ConnectionBrokenError, CallerGoneError, MemoryError) as error:
             self._log_end(error)
-            return False
         finally:
             if not is_open:
                 self._end()
+        return is_open
+
+    def _serve_calls_alone(self) -> bool:
+        if not self._has_greeted:
+            self._greet()
+        while True:
+            self._polling.wait(self._frames, self._is_call_likely)
+            is_open = self._serve_call(self._frames.next_event())
+            if not is_open or self._is_next_small():
+                return is_open
+
+    def _serve_next_call(self) -> bool:
+        event = self._frames.try_next_event()
+        if event is None:  # the rest may take any time
+            self._note_long()
+            event = self._frames.next_event()
+        is_open = self._serve_call(event)
+        if self._frames.protocol.unread_bytes:  # of which the socket shows nothing
+            self._note_long()
+        return is_open
 
     def note_late(self) -> None:
         """See `SharedConnection`. Clients that do not take their answers make others wait so: seldom, therefore."""

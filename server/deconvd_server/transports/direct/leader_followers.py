@@ -23,6 +23,7 @@ from operator import attrgetter
 from typing import Final, Protocol
 
 from deconvd.direct.busy_polling import BusyPolling
+from deconvd_server.resources.accept_loop import SHORTAGE_PAUSE_S
 from deconvd_server.transports.direct.last_caller import LastCaller
 
 __all__ = ["LeaderFollowers", "SharedConnection"]
@@ -38,8 +39,6 @@ _ROUND_COUNT: Final = 8
 
 _EVENTS_COUNT: Final = 256
 """As many as there are connections: each that has a call is seen."""
-
-_SHORT_OF_MEMORY_S: Final = 0.01
 
 _BUSY_POLL_S: Final = 5e-4
 """Longer than a client takes from an answer to its next call if it does nothing in between."""
@@ -181,7 +180,7 @@ class LeaderFollowers:
             ready = [self._shared[descriptor] for descriptor, _ in self._ready]
             return ready if len(ready) == 1 else self._in_turn(ready)
         except MemoryError:  # what ends now gives some back
-            time.sleep(_SHORT_OF_MEMORY_S)
+            time.sleep(SHORTAGE_PAUSE_S)
             return ()
         except BaseException:
             self._leadership.release()
