@@ -15,7 +15,8 @@ class StageTimer:
 
         event 0 [ upload ] event 1 [ compute ] event 2 [ download ] event 3
 
-    Where stages overlap, on streams of their own, a stage counts from the end of the one before it.
+    Where stages overlap, on streams of their own, a stage counts from the end of the one before it. If it ended before
+    that, it has taken no time of its own.
 
     Args:
         stream: Where stages are, unless a method is given another stream.
@@ -42,4 +43,6 @@ class StageTimer:
 
     def record_stages(self, ledger: Ledger) -> None:
         """Add the stages' durations to a ledger. All events must be recorded, and the streams waited for."""
-        ledger.add_all([(stage, end.ms_since(begin) / 1e3) for stage, begin, end in self._stages])
+        ledger.add_all(
+            [(stage, max(0.0, end.ms_since(begin)) / 1e3) for stage, begin, end in self._stages]
+        )
