@@ -59,14 +59,16 @@ class FakeCandidates:
         self.plans = plans
         self.contending: tuple[FakePlan, ...] = ()
         self.standing_in: FakePlan | None = None
+        self.fastest_ms = FAILS  # predicted
         self.closed: list[str] = []
         self.damaged = False
 
     def contenders(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.contending)
 
-    def stand_in(self, key: PlanKey) -> tuple[FakePlan, float] | None:
-        return None if self.standing_in is None else (self.standing_in, self.standing_in.ms)
+    def stand_in(self, key: PlanKey, search_ms: float) -> tuple[FakePlan, float] | None:
+        plan = self.standing_in
+        return None if plan is None or plan.ms - self.fastest_ms > search_ms else (plan, plan.ms)
 
     def shortlist(self, key: PlanKey, stream: int) -> Iterator[Candidate]:
         yield from map(self.candidate, self.plans)
@@ -77,7 +79,7 @@ class FakeCandidates:
     def fallback(self, key: PlanKey) -> Candidate:
         return self.candidate(FakePlan("fallback", 9.0))
 
-    def restore(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+    def restore(self, key: PlanKey, choice: Choice, get_stream: Callable[[], int]) -> Candidate:
         if self.damaged:
             raise CudnnError("cudnnBackendFinalize", 2000, "no plan")
         return self.candidate(FakePlan(choice.name, 0.0))

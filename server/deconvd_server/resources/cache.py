@@ -143,6 +143,7 @@ class Cache(Generic[K, V]):
         *,
         check: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
+        build_at_once: Callable[[], Resource[V] | None] = lambda: None,
     ) -> Iterator[V]:
         """Lend the resource of `key` for the length of a with-block.
 
@@ -151,8 +152,10 @@ class Cache(Generic[K, V]):
                 it, and is not remembered.
             check: Called now and then during the wait for a build. What it raises ends the wait.
             executor: Where to build. By default the calling thread builds, and cannot give up until it is done.
+            build_at_once: Tried before `build`, in the calling thread, as a hand-over to another one takes longer than
+                some resources. Returns None where it would take long.
         """
-        entry = self._acquire(key, build, check, executor)
+        entry = self._acquire(key, build, check, executor, build_at_once)
         try:
             yield entry.resource.value
         finally:
@@ -192,6 +195,7 @@ class Cache(Generic[K, V]):
         build: Callable[[], Resource[V]],
         check: Callable[[], None],
         executor: Executor | None,
+        build_at_once: Callable[[], Resource[V] | None],
     ) -> CacheEntry[V]:
         missed = False
         while True:
@@ -205,7 +209,8 @@ class Cache(Generic[K, V]):
                 if other_build is None:
                     own_build = self._builds[key] = Future[CacheEntry[V]]()
             if other_build is None:
-                self._start(key, build, own_build, executor)
+                if not self._build(key, build_at_once, own_build):
+                    self._start(key, build, own_build, executor)
                 return self._wait_for_own_build(own_build, check)
             _wait_for_build(other_build, check)  # and look again: it may be retired by then
 
@@ -231,20 +236,24 @@ class Cache(Generic[K, V]):
             self._fail(key, future, error)
 
     def _build(
-        self, key: K, build: Callable[[], Resource[V]], future: Future[CacheEntry[V]]
-    ) -> None:
+        self, key: K, build: Callable[[], Resource[V] | None], future: Future[CacheEntry[V]]
+    ) -> bool:
+        """End a build with a resource or an error. Return False, with the build still to do, if there is neither."""
         if future.done():  # `_start` failed, but the executor had queued the build before it raised
-            return
+            return True
         try:
             resource = build()
         except BaseException as error:  # noqa: BLE001 - whatever it is, each that waits for the build gets it
             self._fail(key, future, error)
-            return
+            return True
+        if resource is None:
+            return False
         with self._lock:
             del self._builds[key]
             entry = self._insert(key, resource)
         future.set_result(entry)
         self._sweep()
+        return True
 
     def _fail(self, key: K, future: Future[CacheEntry[V]], error: BaseException) -> None:
         with self._lock:

@@ -11,10 +11,13 @@ from typing import Final
 
 from deconvd_server.device.cuda.plan import Plan
 
-__all__ = ["SEARCH_MS", "StandIn"]
+__all__ = ["RESTORE_MS", "SEARCH_MS", "StandIn"]
 
 SEARCH_MS: Final = 10.0
 """About what a search takes that asks cuDNN, in milliseconds."""
+
+RESTORE_MS: Final = 2.0
+"""About what it takes to make a plan of cuDNN that was chosen before, in milliseconds."""
 
 
 class StandIn:

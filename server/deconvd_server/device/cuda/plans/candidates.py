@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -34,7 +34,6 @@ from deconvd_server.device.cuda.plans.cost_model import (
 )
 from deconvd_server.device.cuda.plans.crop import CropPlan, with_natural_outsize
 from deconvd_server.device.cuda.plans.key import PlanKey
-from deconvd_server.device.cuda.stand_in import SEARCH_MS
 
 __all__ = ["Candidates"]
 
@@ -84,12 +83,15 @@ class Candidates:
             else:
                 yield ours[family]
 
-    def stand_in(self, key: PlanKey) -> tuple[Plan, float] | None:
+    def stand_in(self, key: PlanKey, search_ms: float) -> tuple[Plan, float] | None:
         """Return a plan that may serve a key until its plan has been searched, and its predicted milliseconds.
 
         It is the fallback, which always runs, and compiles nothing. None where results must be those of the first call,
         where all plans are to be tried, where nothing is known, where one of our plans is picked at once, and where a
         search takes less than would be lost.
+
+        Args:
+            search_ms: What the search takes.
         """
         if key.options.cudnn_deterministic or key.options.autotune:
             return None
@@ -97,7 +99,7 @@ class Candidates:
         if Family.FALLBACK not in ours or self._is_picked_at_once(key, worth_trying(predicted_ms)):
             return None
         took_ms = predicted_ms[Family.FALLBACK]
-        if took_ms - min(predicted_ms.values()) > SEARCH_MS:
+        if took_ms - min(predicted_ms.values()) > search_ms:
             return None
         return ours[Family.FALLBACK].plan, took_ms
 
@@ -223,8 +225,11 @@ class Candidates:
                     continue  # heuristics propose engines that then refuse the problem
                 yield self._cudnn_candidate(key, plan, provider)
 
-    def restore(self, key: PlanKey, choice: Choice, stream: int) -> Candidate:
+    def restore(self, key: PlanKey, choice: Choice, get_stream: Callable[[], int]) -> Candidate:
         """Return the candidate of an earlier choice.
+
+        Args:
+            get_stream: Returns the calling thread's stream. Called for cuDNN's plans alone.
 
         Raises:
             CudnnError: cuDNN does not accept the blob.
@@ -234,7 +239,7 @@ class Candidates:
             return self._own_by_name(key, choice.name)
         plan = CudnnPlan(
             self._cudnn,
-            stream,
+            get_stream(),
             choice.blob.encode(),
             name=choice.name,
             deterministic=choice.deterministic,

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from deconvd.lru import Lru
@@ -21,7 +20,7 @@ from deconvd_server.device.cuda.plans.key import PlanKey
 from deconvd_server.device.cuda.plans.later_searches import LaterSearches
 from deconvd_server.device.cuda.plans.store import PlanStore
 from deconvd_server.device.cuda.plans.tuner import Tuner
-from deconvd_server.device.cuda.stand_in import SEARCH_MS, StandIn
+from deconvd_server.device.cuda.stand_in import RESTORE_MS, SEARCH_MS, StandIn
 from deconvd_server.resources.cache import Cache, CacheStats, Resource
 
 if TYPE_CHECKING:  # these need CUDA, the cache does not
@@ -66,14 +65,16 @@ class PlanCacheStats:
 class PlanCache:
     """The plans of one card, by key. The first call that needs a plan waits until it is chosen. Thread-safe.
 
-        memory --miss--> choice, in memory or on disk --miss--> stand-in, and a search later
-                                                      --no stand-in is good enough--> search
+        memory --miss--> choice --ours--> its plan
+                                --cuDNN's, or none--> stand-in, and a search later
+                                                      --none is good enough--> search
 
-        search: quarantine --not held--> tuner
-                           --held--> without cuDNN, or the fallback
+        search: choice --miss--> quarantine --not held--> tuner
+                                            --held--> without cuDNN, or the fallback
+        choice: in memory, or on disk, where nobody looks if a stand-in is hardly slower than what may be there
 
     A choice is remembered even if it is the fallback, so a search that finds no engine of cuDNN is made once. A
-    stand-in is not remembered, and neither is it counted as chosen.
+    stand-in is not remembered, and neither is it counted as chosen. All but a search is done in the calling thread.
 
     Args:
         later: Makes the searches that stand-ins ask for.
@@ -112,8 +113,13 @@ class PlanCache:
             ExhaustedError: The card has no memory to try plans out.
         """
         executor = self._build_threads.executor(tunes=key.options.autotune)
-        build = partial(self._build_resource, key)
-        with self._cache.lease(key, build, check=check, executor=executor) as plan:
+        with self._cache.lease(
+            key,
+            lambda: _resource_of(self._find_candidate(key)),
+            check=check,
+            executor=executor,
+            build_at_once=lambda: self._build_at_once(key),
+        ) as plan:
             return plan
 
     def search(self, key: PlanKey) -> None:
@@ -143,18 +149,46 @@ class PlanCache:
         self._build_threads.close()
         self._cache.close()
 
-    def _build_resource(self, key: PlanKey) -> Resource[Plan]:
-        known = self._restore(key)
-        if known is None:
-            stand_in = self._candidates.stand_in(key)
+    def _build_at_once(self, key: PlanKey) -> Resource[Plan] | None:
+        """Return one of our plans that was chosen before, or a stand-in; None if neither would do.
+
+        A good stand-in is made in half of the time that it takes to look into the store. So the store is left to the
+        later search.
+        """
+        with self._lock:
+            choice = self._choices.get(key)
+        if choice is None and self._store is not None:
+            stand_in = self._make_stand_in(key, RESTORE_MS)
             if stand_in is not None:
-                plan, predicted_ms = stand_in
-                return Resource(self._stand_in_of(key, plan, predicted_ms), _OWN_PLAN_BYTES)
-        return _resource_of(known or self._search(key))
+                return stand_in
+            choice = self._store.load(key)
+        if choice is not None and choice.provider is Provider.OWN:
+            known = self._restore(key, choice)
+            if known is not None:
+                return _resource_of(known)
+        return self._make_stand_in(key, SEARCH_MS if choice is None else RESTORE_MS)
+
+    def _make_stand_in(self, key: PlanKey, search_ms: float) -> Resource[Plan] | None:
+        """Return a stand-in that asks for a search once its calls have had the card for as long as that takes.
+
+        None if there is none, or if it would take that much longer than the plan that is predicted to be found.
+        """
+        found = self._candidates.stand_in(key, search_ms)
+        if found is None:
+            return None
+        plan, predicted_ms = found
+        count = min(math.ceil(search_ms / predicted_ms), _MOST_CALLS_COUNT)
+
+        def ask(stand_in: StandIn) -> None:
+            self._later.add(key, stand_in, self.search)
+
+        return Resource(StandIn(plan, count, ask), _OWN_PLAN_BYTES)
 
     def _find_candidate(self, key: PlanKey) -> Candidate:
         """Return the candidate that was chosen before, or choose one."""
-        return self._restore(key) or self._search(key)
+        choice = self._find_choice(key)
+        known = None if choice is None else self._restore(key, choice)
+        return known or self._search(key)
 
     def _search(self, key: PlanKey) -> Candidate:
         """Choose a candidate by a search that no process has died in."""
@@ -164,21 +198,12 @@ class PlanCache:
             return self._candidates.fallback(key)
         return self._find_candidate(key.without_cudnn())
 
-    def _stand_in_of(self, key: PlanKey, plan: Plan, predicted_ms: float) -> StandIn:
-        """Return a stand-in that asks for a search once its calls have had the card for as long as that takes."""
-        count = min(math.ceil(SEARCH_MS / predicted_ms), _MOST_CALLS_COUNT)
-
-        def ask(stand_in: StandIn) -> None:
-            self._later.add(key, stand_in, self.search)
-
-        return StandIn(plan, count, ask)
-
-    def _restore(self, key: PlanKey) -> Candidate | None:
-        choice = self._find_choice(key)
-        if choice is None:
-            return None
+    def _restore(self, key: PlanKey, choice: Choice) -> Candidate | None:
+        """Return the plan of an earlier choice; None if it cannot be made any more."""
         try:
-            candidate = self._candidates.restore(key, choice, self._build_threads.stream.pointer)
+            candidate = self._candidates.restore(
+                key, choice, lambda: self._build_threads.stream.pointer
+            )
         except (CudnnError, LookupError) as error:
             log.warning(
                 "ignored the stored plan %s, which cannot be made again: %s", choice.name, error
