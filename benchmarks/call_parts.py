@@ -118,6 +118,7 @@ def main(
 
     begin_s = time.perf_counter()
     card = open_device(int(device.partition(":")[2] or 0), plan_store=plan_store)
+    card.wait_until_warm()
     print(f"open the device: {time.perf_counter() - begin_s:.3f} s")
     print("    " + _text(parts.take()), flush=True)
     report = {}

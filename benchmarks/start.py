@@ -33,32 +33,32 @@ def step(name):
 step("interpreter")
 import numpy
 step("import numpy")
-import grpc
-step("import grpc")
 import deconvd_server.__main__
-step("import deconvd_server")
-if sys.argv[2] != "cpu":
+step("import the command")
+has_card = sys.argv[2] != "cpu"
+if has_card:
+    from deconvd_server.device.opening import start_devices
+    start_devices("cuda:0")
     import cupy
     step("import cupy")
     from cupy.cuda import runtime
-    runtime.getDeviceCount()
-    step("start the driver")
-    runtime.setDevice(0); runtime.free(0)
-    step("start the card")
+    runtime.getDeviceCount(); runtime.setDevice(0); runtime.free(0)
+    step("wait for the card")
     from deconvd_server.device.cuda.cudnn import Cudnn
     Cudnn()
     step("load cuDNN")
-    import deconvd_server.device.cuda.device as module
+    import deconvd_server.device.cuda.device
     step("import the device")
-    wait = module.Rehearsal.wait
-    def timed_wait(rehearsal, timeout_s):
-        step("open the device")
-        wait(rehearsal, timeout_s)
-        step("wait for the rehearsal")
-    module.Rehearsal.wait = timed_wait
     from deconvd_server.device.cuda import open_device
-    open_device(0)
-    step("end of opening")
+    card = open_device(0)
+    step("open the device")
+import grpc
+step("import grpc")
+import deconvd_server.daemon
+step("import the daemon")
+if has_card:
+    card.wait_until_warm()
+    step("wait for the rehearsal")
 steps["all"] = round((time.time() - begin_s) * 1e3, 1)
 bytecode = all(
     module.__spec__.has_location and __import__("os").path.exists(module.__cached__)

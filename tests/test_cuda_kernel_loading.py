@@ -32,6 +32,7 @@ from deconvd_server.device.cuda import open_device
 from tests.devices import GradientRequest, deconvolve, gradients
 
 card = open_device(0)
+card.wait_until_warm()
 assert card.plans.stats.chosen_count == 0
 for dtype in ("float32", "float16"):
     x = np.ones((2, 64, 20, 24), dtype)
@@ -112,6 +113,7 @@ def test_who_needs_another_kernel_goes_on_while_one_is_compiled() -> None:
 def test_a_rehearsal_leaves_nothing_but_what_is_loaded(tmp_path: Path) -> None:
     card = CudaDevice(0, plan_store=tmp_path)
     try:
+        card.rehearse()
         card._rehearsal.wait(60)
         assert card.memory.stats.used_bytes == 0
         assert card.memory.stats.leased_count >= 9  # three types, three products

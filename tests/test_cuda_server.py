@@ -148,8 +148,7 @@ class LosingDaemon(daemon.Daemon):
         kernel((1,), (1,), (cupy.int64(16),))
         faulthandler.dump_traceback_later(60)  # where it hangs, if it does
 
-import deconvd_server.__main__ as command
-command.Daemon = LosingDaemon
+daemon.Daemon = LosingDaemon
 main()
 """
 

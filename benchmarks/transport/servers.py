@@ -51,6 +51,9 @@ class EchoDevice:
     caches: tuple[CacheState, ...] = ()
     waiting_since_s = math.inf
 
+    def wait_until_warm(self) -> None:
+        """Nothing has to warm up."""
+
     def footprint_bytes(self, *_: Any) -> int:
         """Nothing is taken."""
         return 0

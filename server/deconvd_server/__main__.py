@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -49,16 +49,22 @@ def _exit_without(missing: ModuleNotFoundError) -> NoReturn:
 
 try:
     from deconvd_server.address_lines import print_addresses
-    from deconvd_server.daemon import Daemon
-    from deconvd_server.device.opening import DeviceSettings, check_device_name, open_devices
+    from deconvd_server.device.opening import (
+        DeviceSettings,
+        check_device_name,
+        open_devices,
+        start_devices,
+    )
     from deconvd_server.shutdown import Drainer, exit_process, run
     from deconvd_server.supervision.layout import WorkerPlace, describe_places
     from deconvd_server.supervision.orders import WorkerOrders
     from deconvd_server.supervision.process_choice import ProcessChoice, choose_processes
-    from deconvd_server.supervision.supervise import supervise
     from deconvd_server.supervision.worker_link import open_link
 except ModuleNotFoundError as missing:
     _exit_without(missing)
+
+if TYPE_CHECKING:
+    from deconvd_server.daemon import Daemon
 
 __all__ = ["main"]
 
@@ -254,6 +260,7 @@ def main(
         why_one = choice.reason
         if choice.places:
             _supervise(context.params, choice.places, policy, reasons, systemd, log_handler, watch)
+    start_devices(device)
     link = None if orders is None else open_link(orders, reasons)
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
@@ -267,7 +274,6 @@ def main(
         card_parts_count=1 if orders is None else orders.card_parts_count,
         is_plan_store_lasting=orders is None or orders.is_plan_store_lasting,
     )
-    open_all: Callable[[], Sequence[Device]] = partial(_open_all, device, devices, why_one)
     if max_message_bytes is None:
         max_message_bytes = machine.largest_message_bytes
     if shared_memory_bytes is None:
@@ -283,40 +289,25 @@ def main(
         observers.append(tracer)
     if logs_access:
         observers.append(AccessLog())  # after the tracer: its lines have the traces
-    try:
-        if link is not None:  # others serve meanwhile: this one is not to be called before it can
-            open_all = partial(tuple, open_all())
-        daemon = Daemon(
-            Settings(
-                addresses,
-                max_message_bytes,
-                drain_timeout_s,
-                shared_memory_bytes,
-                shared_memory_users,
-                residents,
-                takes_direct_calls=takes_direct_calls,
-                direct_port=direct_port,
-                access=socket_access(socket_mode, socket_group, shared_memory_users),
-                authenticator=policy.authenticator,
-                tls=policy.tls,
-                queue_wait_s=queue_wait_s,
-                health_port=health_port,
-                metrics_port=metrics_port,
-                metrics_readers=metrics_readers,
-                shares_ports=link is not None,
-            ),
-            observers=observers,
-            on_lost=lambda what: reasons.put(ServingLostError(what)),
-        )
-    except ModuleNotFoundError as missing:
-        _exit_without(missing)
-    except (DeviceUnavailableError, DeconvdError, OSError) as error:
-        _exit_with_error(error)
-    try:
-        daemon.serve(open_all)
-    except (DeviceUnavailableError, DeconvdError, OSError) as error:
-        daemon.drain()
-        _exit_with_error(error)
+    settings = Settings(
+        addresses,
+        max_message_bytes,
+        drain_timeout_s,
+        shared_memory_bytes,
+        shared_memory_users,
+        residents,
+        takes_direct_calls=takes_direct_calls,
+        direct_port=direct_port,
+        access=socket_access(socket_mode, socket_group, shared_memory_users),
+        authenticator=policy.authenticator,
+        tls=policy.tls,
+        queue_wait_s=queue_wait_s,
+        health_port=health_port,
+        metrics_port=metrics_port,
+        metrics_readers=metrics_readers,
+        shares_ports=link is not None,
+    )
+    daemon = _start(partial(_open_all, device, devices, why_one), settings, observers, reasons)
     _log.info("%s", daemon.description(policy.describe))
     notifier: Notifier = systemd
     if link is None:
@@ -360,6 +351,8 @@ def _supervise(
     watch: ParentWatch | None,
 ) -> NoReturn:
     """Serve with several processes, and exit."""
+    from deconvd_server.supervision.supervise import supervise
+
     _log.info("%s", describe_places(places))
     try:
         code = supervise(options, places, policy, reasons, systemd, log_handler.write_repeats)
@@ -367,6 +360,41 @@ def _supervise(
         _exit_with_error(error)
     _end(watch, None, 0)
     exit_process(code)
+
+
+def _start(
+    open_all: Callable[[], Sequence[Device]],
+    settings: Settings,
+    observers: Sequence[Observer],
+    reasons: ExitReasons,
+) -> Daemon:
+    """Return a daemon that serves with all devices; or exit.
+
+    The devices are opened first: cards warm up while the daemon is imported. And a worker is not to be called before it
+    can serve, as others serve meanwhile.
+    """
+    devices: Sequence[Device] = ()
+    try:
+        devices = open_all()
+        from deconvd_server.daemon import Daemon
+
+        daemon = Daemon(
+            settings,
+            observers=observers,
+            on_lost=lambda what: reasons.put(ServingLostError(what)),
+        )
+    except (DeviceUnavailableError, DeconvdError, OSError, ModuleNotFoundError) as error:
+        for device in devices:
+            device.close()
+        if isinstance(error, ModuleNotFoundError):
+            _exit_without(error)
+        _exit_with_error(error)
+    try:
+        daemon.serve(lambda: devices)
+    except (DeviceUnavailableError, DeconvdError, OSError) as error:
+        daemon.drain()
+        _exit_with_error(error)
+    return daemon
 
 
 def _open_all(name: str, settings: DeviceSettings, why_one: str) -> Sequence[Device]:

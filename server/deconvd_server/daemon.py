@@ -191,6 +191,8 @@ class Daemon:
             for device in devices:
                 device.close()
             raise
+        for device in devices:
+            device.wait_until_warm()
         with self._lock:
             if self.state is DaemonState.LISTENING:
                 self.backend = backend

@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from deconvd_server.daemon import Daemon
 from deconvd_server.device.faults import DeviceHungError, DeviceLostError
 from deconvd_server.exit_codes import ExitCode
 from deconvd_server.exit_reasons import (
@@ -24,6 +23,9 @@ from deconvd_server.exit_reasons import (
 )
 from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.resources.systemd import Notifier
+
+if TYPE_CHECKING:  # it takes long to import, and signals are to be heeded before
+    from deconvd_server.daemon import Daemon
 
 __all__ = ["Drainer", "exit_process", "run"]
 

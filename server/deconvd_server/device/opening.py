@@ -14,7 +14,7 @@ from deconvd_server.device.cpu import CpuDevice
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 from deconvd_server.device.protocol import Device
 
-__all__ = ["DeviceSettings", "check_device_name", "device_ids", "open_devices"]
+__all__ = ["DeviceSettings", "check_device_name", "device_ids", "open_devices", "start_devices"]
 
 _CARDS = re.compile(r"cuda(:\d+(,cuda:\d+)*)?")
 
@@ -52,8 +52,18 @@ def check_device_name(name: str) -> None:
         )
 
 
+def start_devices(name: str) -> None:
+    """Have the devices of a name started in the background, so that `open_devices` waits less. It reports all errors.
+
+    Raises InvalidArgumentError if the name is malformed.
+    """
+    check_device_name(name)
+    if name != "cpu":
+        cuda.start_cards(None if name in ("cuda", "auto") else _numbers(name))
+
+
 def open_devices(name: str, settings: DeviceSettings) -> Sequence[Device]:
-    """Open the devices of a name. Return at least one.
+    """Open the devices of a name. Return at least one. Cards warm up in the background.
 
     Args:
         name: ``cpu``; ``cuda`` for all cards; ``cuda:N``, or several of them with commas between; ``auto`` for all
@@ -127,7 +137,7 @@ def _ordinals(name: str) -> list[int]:
         raise DeviceUnavailableError("no GPU: the driver sees none")
     if name == "cuda":
         return list(range(count))
-    ordinals = [int(card.removeprefix("cuda:")) for card in name.split(",")]
+    ordinals = _numbers(name)
     for ordinal in ordinals:
         if ordinal >= count or ordinals.count(ordinal) > 1:
             raise InvalidArgumentError(
@@ -135,3 +145,8 @@ def _ordinals(name: str) -> list[int]:
                 argument="device",
             )
     return ordinals
+
+
+def _numbers(name: str) -> list[int]:
+    """Return the numbers of the cards that a name has."""
+    return [int(card.removeprefix("cuda:")) for card in name.split(",")]

@@ -84,6 +84,9 @@ class Device(Protocol):
         Of several waits it is the longest. Infinity if no thread waits so, as always with the processor.
         """
 
+    def wait_until_warm(self) -> None:
+        """Wait until the first calls would be as fast as later ones, but no longer than a second or so."""
+
     def footprint_bytes(
         self,
         operation: Operation,

@@ -115,9 +115,8 @@ class Lender:
             "clients of shared memory", side_sockets, (), self._accept, on_lost
         )
         self._mapper = ThreadPoolExecutor(1, "memory-mapper")
-        self._mapper.submit(
-            self._spare.prepare
-        )  # also starts its thread, while there are some left
+        # This also starts its thread, while there are some left. A first client would wait for as long.
+        self._mapper.submit(self._spare.prepare).result()
         self._thread = threading.Thread(target=self._serve, name="memory-lender", daemon=True)
         self._thread.start()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from functools import partial
+from typing import TYPE_CHECKING
 
-from deconvd_server.daemon import Daemon
 from deconvd_server.exit_reasons import ExitReasons
 from deconvd_server.resources.shared_quotas import QUOTA_SHARING, SharedQuotas
 from deconvd_server.resources.systemd import Notifier
@@ -15,6 +15,9 @@ from deconvd_server.supervision.home_requests import HomeRequests
 from deconvd_server.supervision.link import LinkNotifier, start_link_thread
 from deconvd_server.supervision.orders import WorkerOrders
 from deconvd_server.supervision.room_requests import RoomRequests
+
+if TYPE_CHECKING:  # it takes long to import, and a worker is linked before
+    from deconvd_server.daemon import Daemon
 
 __all__ = ["WorkerLink", "open_link"]
 

@@ -106,6 +106,9 @@ class CpuDevice:
         """None: a processor has no plans to keep."""
         return ()
 
+    def wait_until_warm(self) -> None:
+        """Do nothing: a processor loads no libraries at need."""
+
     def footprint_bytes(
         self,
         operation: Operation,

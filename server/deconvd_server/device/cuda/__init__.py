@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deconvd_server.device.cuda.api.early_start import start_cards
 from deconvd_server.device.faults import DeviceLostError, DeviceUnavailableError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "check_device",
     "devices_count",
     "open_device",
+    "start_cards",
 ]
 
 
@@ -32,7 +34,7 @@ def open_device(
     parts_count: int = 1,
     is_plan_store_lasting: bool = True,
 ) -> CudaDevice:
-    """Return a card as a device. The other arguments, and the errors, are those of `CudaDevice`.
+    """Return a card as a device, which warms up in the background. The other arguments, and errors, are `CudaDevice`'s.
 
     Our own kernels, once compiled, are kept in the folder of plans too; without a lasting one, in the user's folder of
     caches.
@@ -48,13 +50,15 @@ def open_device(
         if plan_store is not None and is_plan_store_lasting
         else kernels.default_folder()
     )
-    return CudaDevice(
+    device = CudaDevice(
         ordinal,
         memory_limit_bytes=memory_limit_bytes,
         plan_store=plan_store,
         on_lost=on_lost,
         parts_count=parts_count,
     )
+    device.rehearse()
+    return device
 
 
 def devices_count() -> int:

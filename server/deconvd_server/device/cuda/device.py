@@ -71,8 +71,8 @@ _MAX_HELPERS_COUNT = 8
 """The most threads that copy within the host: about as many as it takes to keep up with the card's bus."""
 
 _REHEARSAL_S = 1.0
-"""How long a start waits for the rehearsal. It takes some 0.3 s, and longer if libraries are read from a slow disk: the
-rest is then done while the server serves."""
+"""How long `CudaDevice.wait_until_warm` waits. A rehearsal takes some 0.4 s, and longer if libraries are read from a
+slow disk: the rest is then done while the server serves."""
 
 _HOST_MEMORY = RegisteredMemory(register_host, unregister_host)
 """The registered memory of this process. All its cards share it, as registered memory is reached by all."""
@@ -154,7 +154,14 @@ class CudaDevice(CardTensors):
             )
             build_threads = BuildThreads(ordinal, self._cudnn, self._limits.lanes_count)
             self.plans = self._make_plan_cache(plan_store, build_threads)
-            self._rehearsal = self._rehearse(build_threads)
+            self._rehearsal = Rehearsal(
+                self._cudnn,
+                self.candidates,
+                build_threads,
+                partial(open_plan_timer, self.memory),
+                self._lanes.streams,
+                lambda: self._lanes.are_idle,
+            )
         self._memory_estimate = MemoryEstimate(
             self._budget_bytes,
             self._limits.lanes_count,
@@ -163,7 +170,6 @@ class CudaDevice(CardTensors):
         )
         self._host_arrays = _HOST_ARRAYS
         self._host_arrays.open()
-        self._rehearsal.wait(_REHEARSAL_S)
 
     def _budget(self, limit_bytes: int) -> int:
         """Return the bytes that the lanes' arenas leave for calls and residents."""
@@ -187,18 +193,6 @@ class CudaDevice(CardTensors):
                 for arena in self._arenas
             ]
         )
-
-    def _rehearse(self, build_threads: BuildThreads) -> Rehearsal:
-        rehearsal = Rehearsal(
-            self._cudnn,
-            self.candidates,
-            build_threads,
-            partial(open_plan_timer, self.memory),
-            self._lanes.streams,
-            lambda: self._lanes.are_idle,
-        )
-        rehearsal.start(self._card.ordinal)
-        return rehearsal
 
     def _make_plan_cache(self, folder: Path | None, build_threads: BuildThreads) -> PlanCache:
         origin: dict[str, str | int] = {
@@ -225,6 +219,14 @@ class CudaDevice(CardTensors):
             limit_bytes=self._limits.plans_bytes,
             store=None if folder is None else PlanStore(folder, origin),
         )
+
+    def rehearse(self) -> None:
+        """Have the libraries loaded, in the background, that the first calls need."""
+        self._rehearsal.start(self._card.ordinal)
+
+    def wait_until_warm(self) -> None:
+        """Wait for the rehearsal, if there is one. See `Device`."""
+        self._rehearsal.wait(_REHEARSAL_S)
 
     @property
     def info(self) -> DeviceInfo:
