@@ -28,6 +28,7 @@ from deconvd.lending.protocol import (
     LendingRequest,
     ReplyStatus,
 )
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
@@ -221,7 +222,8 @@ class Lender:
         self._clients.append(client)
 
     def _refuse(self, client: _Client, reason: str) -> None:
-        _log.warning("shared memory is refused to %s: %s", client.peer, reason)
+        key = {REPEAT_KEY: (__name__, reason)}
+        _log.warning("shared memory is refused to %s: %s", client.peer, reason, extra=key)
         client.send(LendingReply(ReplyStatus.REFUSED, text=reason))
         client.close()
 
@@ -242,7 +244,10 @@ class Lender:
             request = LendingRequest.parse(packet)
         except ValueError as error:
             _log.warning(
-                "%s sent a malformed request for shared memory: %s", client.peer, excerpt(error)
+                "%s sent a malformed request for shared memory: %s",
+                client.peer,
+                excerpt(error),
+                extra={REPEAT_KEY: (__name__, ReplyStatus.MALFORMED)},
             )
             client.send(LendingReply(ReplyStatus.MALFORMED, text=str(error)))
             self._drop(client)
@@ -349,7 +354,8 @@ class Lender:
         try:
             self._loans.reserve(client.account, size_bytes)
         except OverLimitError as error:
-            _log.info("%s gets no more shared memory: %s", client.peer, error)
+            key = {REPEAT_KEY: (__name__, error.status)}
+            _log.info("%s gets no more shared memory: %s", client.peer, error, extra=key)
             return LendingReply(error.status, text=str(error)), None
         try:
             memory = self._spare.take(size_bytes)

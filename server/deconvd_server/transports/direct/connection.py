@@ -50,6 +50,7 @@ from deconvd.errors import ExhaustedError
 from deconvd.wire.codec import Envelope, encode
 from deconvd.wire.stream_parts import PartReader, PendingElements
 from deconvd_server.call.context import CallContext, CallerGoneError
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.fair_shares import PeerPlace
 from deconvd_server.service.method import (
@@ -278,7 +279,10 @@ class DirectConnection:
 
     def _log_end(self, error: Exception) -> None:
         if isinstance(error, MemoryError):
-            _log.warning("the direct connection of %s has ended: memory has run out", self._peer)
+            key = {REPEAT_KEY: (__name__, MemoryError)}
+            _log.warning(
+                "the direct connection of %s has ended: memory has run out", self._peer, extra=key
+            )
             return
         is_expected = self.is_idle or self._stripe is not None  # a striped call logs its failure
         _log.log(
@@ -286,6 +290,7 @@ class DirectConnection:
             "the direct connection of %s has ended: %s",
             self._peer,
             excerpt(error),
+            extra={REPEAT_KEY: (__name__, type(error))},
         )
 
     def _end(self) -> None:

@@ -23,6 +23,7 @@ from typing import Final
 from deconvd.errors import UnavailableError
 from deconvd.host.malloc import allocated_bytes
 from deconvd.wire.status import status_from_error
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 
 __all__ = ["ReceiveLimiter"]
@@ -148,6 +149,7 @@ class ReceiveLimiter:
         _log.warning(
             "%d calls of %s end: messages that are not admitted yet take more than %d bytes",
             *(len(leavers), peer, self._bound_bytes),
+            extra={REPEAT_KEY: __name__},
         )
         error = UnavailableError(
             "the server has no memory for the call's messages: messages of all calls that are not admitted yet may "
