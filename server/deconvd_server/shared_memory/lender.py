@@ -282,7 +282,7 @@ class Lender:
         self._clients.remove(client)
         client.place.free()
         client.account.is_open = False  # at once, for `_deliver`: the mapper may close it later
-        self._mapper.submit(self._loans.close, client.account)
+        self._mapper.submit(_log_failure, partial(self._loans.close, client.account))
         self._release_card_loans(client)
 
     def _release_card_loans(self, client: _Client) -> None:
@@ -303,11 +303,23 @@ class Lender:
     def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
         self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
-        self._mapper.submit(card_lender.close, borrowing)
+        self._mapper.submit(_log_failure, partial(card_lender.close, borrowing))
 
     # In the mapper's thread.
 
     def _perform(self, client: _Client, request: LendingRequest) -> None:
+        try:
+            reply, memory = self._answer(client, request)
+        except Exception:  # noqa: BLE001 - logged, and answered: else the client would wait, and keep its place, for ever
+            _log.exception("a request for shared memory failed: unforeseen error")
+            text = "the server failed by an unforeseen error: see its log"
+            reply, memory = LendingReply(ReplyStatus.FAILED, text=text), None
+        self._listener.call_soon(partial(self._deliver, client, reply, memory))
+        self._spare.prepare()
+
+    def _answer(
+        self, client: _Client, request: LendingRequest
+    ) -> tuple[LendingReply, SealedMemory | None]:
         memory: SealedMemory | None = None
         if request.operation is LendingOperation.LEND:
             reply, memory = self._lend(client, request.size_bytes)
@@ -319,8 +331,7 @@ class Lender:
             reply = LendingReply(
                 ReplyStatus.MALFORMED, text="this client has no region of that name"
             )
-        self._listener.call_soon(partial(self._deliver, client, reply, memory))
-        self._spare.prepare()
+        return reply, memory
 
     def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
         if self._card_lender is None:
@@ -366,6 +377,14 @@ class Lender:
             return LendingReply(ReplyStatus.FAILED, text=text), None
         name = self._loans.lend(client.account, memory)
         return LendingReply(ReplyStatus.DONE, size_bytes, name), memory
+
+
+def _log_failure(work: Callable[[], None]) -> None:
+    """Do what nobody waits for in the mapper's thread: an error would be lost with its future."""
+    try:
+        work()
+    except Exception:  # noqa: BLE001 - logged: the memory of other clients is taken back all the same
+        _log.exception("taking back shared memory failed: unforeseen error")
 
 
 class _Client:
