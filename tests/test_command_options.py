@@ -118,6 +118,37 @@ def test_every_option_in_bytes_takes_sizes() -> None:
     assert all(isinstance(option.type, ByteSize) for option in in_bytes)
 
 
+ALLOWED = {
+    "--threads": "'x' is not a whole number from 1 up to 1024",
+    "--direct-port": "'x' is not a whole number from 0 up to 65535",
+    "--health-port": "'x' is not a whole number from 1 up to 65535",
+    "--metrics-port": "'x' is not a whole number from 0 up to 65535",
+    "--worker-port": "'x' is not a whole number from 0 up to 65535",
+    "--processes": "'x' is not a whole number from 0 up to 64",
+    "--parent": "'x' is not a whole number from 1",
+    "--session-lease-s": "'x' is not a number of seconds above 0 up to 1000000",
+    "--drain-delay-s": "'x' is not a number of seconds from 0 up to 1000000",
+}
+
+
+@pytest.mark.parametrize(("option", "text"), ALLOWED.items(), ids=ALLOWED)
+def test_what_is_no_number_is_told_with_what_is_allowed(option: str, text: str) -> None:
+    ended = CliRunner().invoke(deconvd_server, [option, "x"], terminal_width=200)
+
+    assert ended.exit_code == 2
+    assert f"Invalid value for '{option}': {text}" in ended.output
+
+
+@pytest.mark.parametrize("option", ["--plan-store", "--tokens", "--tls-cert", "--tls-client-ca"])
+def test_a_path_without_a_name_is_refused(option: str) -> None:
+    """It would be the current folder, where plans would be kept."""
+    ended = CliRunner().invoke(deconvd_server, [option, ""], terminal_width=200)
+
+    kind = "folder" if option == "--plan-store" else "file"
+    assert ended.exit_code == 2
+    assert f"Invalid value for '{option}': it must name a {kind}, got ''" in ended.output
+
+
 def client_commands() -> dict[str, click.Command]:
     """Return the client's commands by their names."""
     assert isinstance(deconvd, click.Group)

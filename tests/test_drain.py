@@ -270,13 +270,13 @@ def test_no_call_is_lost_on_a_signal(kind: str, way: str, socket_directory: Path
 
 _HANGING = """
 import time
-from deconvd_server.transports.grpc.handlers import GrpcService
+from deconvd_server.transports.grpc.server import GrpcServer
 
-def expire_and_hang(self, call_later):
-    expire(self, call_later)
-    call_later(1.0, lambda: time.sleep(3600))
+def start_and_hang(self):
+    self.call_later(1.0, lambda: time.sleep(3600))
+    start(self)
 
-expire, GrpcService.expire = GrpcService.expire, expire_and_hang
+start, GrpcServer.start = GrpcServer.start, start_and_hang
 """
 
 _LOSING_SERVER = """

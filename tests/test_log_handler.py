@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from deconvd_server import log_handler
 from deconvd_server.log_handler import REPEAT_KEY, LogHandler
 from deconvd_server.log_stream import LogStream
 from deconvd_server.log_text import LogFormatter
+from tests.direct_calls import open_stream
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
+from tests.soak.places import connect_unix
 from tests.token_calls import write_tokens
 
 TOKEN = "dcd_" + "a-good_token" * 3
@@ -215,10 +219,7 @@ def test_equal_failures_of_a_flood_are_not_a_line_each(json_server: ServerProces
             with pytest.raises(deconvd_client.ExhaustedError):
                 F.deconvolution_2d(HUGE, W)
 
-    def counted() -> int:
-        return sum(1 + entry.get("repeats", 0) for entry in entries(json_server, name))
-
-    wait_until(lambda: counted() == count)
+    wait_until(lambda: repeats_count(json_server, name) == count)
     failures = entries(json_server, name)
     assert len(failures) < count
     assert {entry["status"] for entry in failures} == {"RESOURCE_EXHAUSTED"}
@@ -263,14 +264,48 @@ def test_calls_of_strangers_are_not_a_line_each(guarded_server: ServerProcess) -
             with pytest.raises(grpc.RpcError, match="must know who calls"):
                 call(b"")
 
-    def counted() -> int:
-        return sum(1 + entry.get("repeats", 0) for entry in entries(guarded_server, name))
-
-    wait_until(lambda: counted() == count)
+    wait_until(lambda: repeats_count(guarded_server, name) == count)
     refusals = entries(guarded_server, name)
     assert len(refusals) < count
     assert refusals[0]["method"] == "/service/0"
     assert {refusal["status"] for refusal in refusals} == {"UNAUTHENTICATED"}
+
+
+def test_what_borrowers_of_memory_do_wrong_is_not_a_line_each(tmp_path: Path) -> None:
+    count = 40
+    name = "deconvd_server.shared_memory.lender"
+    with server_process(tmp_path, "--log-format", "json") as server:
+        path = f"{server.target.removeprefix('unix:')}.memory"
+        for _ in range(count):
+            with connect_unix(path, socket.SOCK_SEQPACKET) as borrower:
+                borrower.send(b"no request")
+                borrower.recv(100)
+        wait_until(lambda: repeats_count(server, name) == count)
+
+        assert len(entries(server, name)) < count
+
+
+def test_places_that_peers_take_from_each_other_are_not_a_line_each(tmp_path: Path) -> None:
+    count, places_count = 40, 8
+    constants = {
+        "deconvd_server.transports.direct.server:_CONNECTIONS_COUNT": places_count,
+        "deconvd_server.transports.direct.server:_RESERVED_CONNECTIONS_COUNT": 0,
+    }
+    name = "deconvd_server.resources.fair_shares"
+    with (
+        server_process(tmp_path, "--log-format", "json", constants=constants) as server,
+        ExitStack() as stack,
+    ):
+        for _ in range(places_count + count):
+            stack.enter_context(open_stream(server))
+        wait_until(lambda: repeats_count(server, name) == count)
+
+        assert len(entries(server, name)) < count
+
+
+def repeats_count(server: ServerProcess, logger: str) -> int:
+    """Return how many messages a logger has had, with those that were only counted."""
+    return sum(1 + entry.get("repeats", 0) for entry in entries(server, logger))
 
 
 def test_there_is_no_access_log_unless_it_is_asked_for(server: ServerProcess) -> None:

@@ -186,6 +186,28 @@ def test_eight_who_stream_at_once_are_served(tmp_path: Path) -> None:
         assert all(threads.map(stream, range(8)))
 
 
+def test_small_answers_that_nobody_reads_count_as_well(tmp_path: Path) -> None:
+    """No budget knows of calls for health, and each unread one takes some kilobytes until its client goes."""
+    constants = {"deconvd_server.transports.grpc.server:STALL_LIMIT_S": 600.0}  # not for their age
+    with (
+        cgroup(memory_bytes=340_000_000) as group,
+        server_process(
+            tmp_path, listen=("127.0.0.1:0",), within=group, constants=constants
+        ) as server,
+        ExitStack() as stack,
+    ):
+        channel = stack.enter_context(grpc.insecure_channel(server.target))
+        clients = []
+        for _ in range(40):
+            connection = hostile_connection(server.target)
+            connection.settimeout(60)
+            clients.append(stack.enter_context(Http2(connection, answer_bytes=0)))
+            numbers = [clients[-1].call(f"{HEALTH}Check", b"") for _ in range(500)]
+            assert_healthy(channel)  # so they have been answered, too
+
+        clients[0].wait_for_reset(numbers[0])
+
+
 def streams_bytes(F: Connection) -> int:
     counts = F.server_info().counts
     assert counts is not None

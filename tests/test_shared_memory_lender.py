@@ -48,6 +48,7 @@ from tests.lenders import (
 )
 from tests.processes import leaves_no_descriptor, wait_until
 from tests.servers import ServerProcess, server_process
+from tests.soak.hostile.by_memory import Borrower
 
 FLOATS = TensorSpec((4, 8), np.dtype(np.float32))
 TIMEOUT_S = 30
@@ -738,3 +739,24 @@ class TestPlace:
                 assert not private() & of_the_killed
                 assert of_the_living <= private()
         assert unborn.exists()
+
+
+_FAILING_ONCE = """
+from deconvd_server.shared_memory.loans import LoanRegistry
+
+def fail_once(self, account, size_bytes):
+    LoanRegistry.reserve = reserve
+    raise RuntimeError("unforeseen")
+
+reserve, LoanRegistry.reserve = LoanRegistry.reserve, fail_once
+"""
+
+
+def test_an_unforeseen_error_of_a_request_is_answered_and_logged(tmp_path: Path) -> None:
+    request = LendingRequest(LendingOperation.LEND, MIB).pack()
+    with server_process(tmp_path, prelude=_FAILING_ONCE) as server:
+        with Borrower(f"{server.target.removeprefix('unix:')}.memory") as borrower:
+            assert borrower.ask(request).status is ReplyStatus.FAILED
+            assert borrower.ask(request).status is ReplyStatus.DONE
+
+        assert "a request for shared memory failed" in server.log.read_text()

@@ -1,7 +1,8 @@
-"""The base of both commands: options can come from the environment, and errors name the option."""
+"""The base of both commands: options can come from the environment, and errors say what is wrong and what allowed."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 import click
@@ -10,7 +11,7 @@ from click.core import ParameterSource
 from deconvd import console
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["ENVVAR_PREFIX", "CliCommand", "envvar_of"]
+__all__ = ["ENVVAR_PREFIX", "CliCommand", "NamedPath", "WholeNumber", "envvar_of"]
 
 ENVVAR_PREFIX: Final = "DECONVD_"
 """Prefix of all environment variables that set an option."""
@@ -42,6 +43,31 @@ class CliCommand(console.ConsoleCommand):
                     hint = _param_hint(option, ctx)
                     raise click.BadParameter(str(error), ctx, option, hint) from None
             raise click.ClickException(str(error)) from None
+
+
+class WholeNumber(click.IntRange):
+    """An integer in a range. Of what is no number click tells only that it is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        try:
+            int(value)
+        except ValueError:
+            upper = "" if self.max is None else f" up to {self.max}"
+            self.fail(f"{value!r} is not a whole number from {self.min}{upper}", param, ctx)
+        return int(super().convert(value, param, ctx))
+
+
+class NamedPath(click.Path):
+    """A file or a folder. An empty name, as an unset variable of a shell leaves it, would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not os.fspath(value):
+            self.fail(
+                f"it must name a {'file' if self.file_okay else 'folder'}, got ''", param, ctx
+            )
+        return super().convert(value, param, ctx)
 
 
 def envvar_of(option: click.Option) -> str:

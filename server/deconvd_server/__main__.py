@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import deconvd
+from deconvd.command_line import NamedPath, WholeNumber
 from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.host.malloc import keep_freed_memory
 from deconvd_server.access_options import AccessPolicy, add_access_options, load_access_policy
@@ -117,7 +118,7 @@ class _WorkerCommand(ServerCommand):
 )
 @click.option(
     "--direct-port",
-    type=click.IntRange(0, 65535),
+    type=WholeNumber(0, 65535),
     default=0,
     show_default="any free port",
     help="The TCP port for direct calls, on the hosts that --listen names.",
@@ -133,7 +134,7 @@ class _WorkerCommand(ServerCommand):
 @add_process_options
 @click.option(
     "--threads",
-    type=click.IntRange(1, _MAX_THREADS_COUNT),
+    type=WholeNumber(1, _MAX_THREADS_COUNT),
     default=None,
     show_default="the processors it may use",
     help="How many threads compute on the processor.",
@@ -147,7 +148,7 @@ class _WorkerCommand(ServerCommand):
 )
 @click.option(
     "--plan-store",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=NamedPath(file_okay=False, path_type=Path),
     default=None,
     show_default="none",
     help="Folder where GPU plans are stored, so that a restarted server is warm. If a server crashes while it tries "
@@ -167,7 +168,7 @@ class _WorkerCommand(ServerCommand):
 @add_stop_options
 @click.option(
     "--parent",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     default=None,
     metavar="PID",
     show_default="none",

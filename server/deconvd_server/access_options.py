@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from deconvd.command_line import NamedPath, WholeNumber
 from deconvd.errors import InvalidArgumentError
 from deconvd_server.access.authenticator import Authenticator
 from deconvd_server.access.exposure import is_beyond_loopback, name_in_certificate
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_FILE: Final = click.Path(dir_okay=False, path_type=Path)
+_FILE: Final = NamedPath(dir_okay=False, path_type=Path)
 
 _REFUSAL: Final = """\
 other hosts can reach {address}, so the server must know its callers. Type these two lines, and add --tls-cert \
@@ -92,14 +93,14 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--health-port",
-        type=click.IntRange(1, 65535),
+        type=WholeNumber(1, 65535),
         default=None,
         show_default="none",
         help="A TCP port, on the hosts of --listen, that serves gRPC health alone: unencrypted, and to everyone.",
     ),
     click.option(
         "--metrics-port",
-        type=click.IntRange(0, 65535),
+        type=WholeNumber(0, 65535),
         default=None,
         show_default="none",
         help="A TCP port, on the hosts of --listen, that serves metrics to Prometheus at /metrics: with the same TLS, "

@@ -103,10 +103,18 @@ class Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds) or seconds > MAX_TIMEOUT_S:
-            self.fail(f"{value} is not a number up to {MAX_TIMEOUT_S:.0f}", param, ctx)
-        return seconds
+        try:
+            is_finite = math.isfinite(float(value))
+        except ValueError:
+            is_finite = False
+        if not is_finite or float(value) > MAX_TIMEOUT_S:
+            lower = f"above {self.min}" if self.min_open else f"from {self.min}"
+            self.fail(
+                f"{value!r} is not a number of seconds {lower} up to {MAX_TIMEOUT_S:.0f}",
+                param,
+                ctx,
+            )
+        return float(super().convert(value, param, ctx))
 
 
 def unknown_variables(names: Iterable[str], known: list[str]) -> list[str]:

@@ -158,7 +158,6 @@ class Daemon:
             self._has_started = True
             self._server.call_later(0, self._receive_limiter.check)
             self._server.start()
-            self._service.expire(self._server.call_later)
             self._heartbeat = Heartbeat(self._server.call_later)
 
     @property

@@ -7,6 +7,8 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from deconvd.command_line import WholeNumber
+
 __all__ = ["add_process_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -16,7 +18,7 @@ _MOST_COUNT: Final = 64
 _OPTIONS: Final = (
     click.option(
         "--processes",
-        type=click.IntRange(0, _MOST_COUNT),
+        type=WholeNumber(0, _MOST_COUNT),
         metavar="N",
         default=None,
         show_default="one for each GPU if there are several, and else one alone",
@@ -26,7 +28,7 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--worker-port",
-        type=click.IntRange(0, 65535),
+        type=WholeNumber(0, 65535),
         metavar="PORT",
         default=0,
         show_default="any free ports",

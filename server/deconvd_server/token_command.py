@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from deconvd.command_line import CliCommand
+from deconvd.command_line import CliCommand, NamedPath, WholeNumber
 from deconvd.console import ConsoleGroup
 from deconvd_server.access.tokens import (
     TOKEN_NAME,
@@ -50,13 +50,13 @@ def _token_name(_context: click.Context, _parameter: click.Parameter, name: str)
     "path",
     required=True,
     envvar="DECONVD_TOKENS",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NamedPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="The file that keeps the hashes of all tokens. It is created if it is not there.",
 )
 @click.option(
     "--days",
-    type=click.IntRange(1, _MAX_DAYS),
+    type=WholeNumber(1, _MAX_DAYS),
     default=None,
     show_default="for ever",
     help="For how many days the token is valid.",

@@ -15,7 +15,7 @@ from typing import Final
 import click
 import numpy as np
 
-from deconvd.command_line import CliCommand
+from deconvd.command_line import CliCommand, NamedPath
 from deconvd.host.system import processors_count
 from deconvd.model.dtypes import ELEMENT_TYPES
 from deconvd.model.geometry import Geometry
@@ -32,7 +32,7 @@ __all__ = ["bench"]
 
 _DEFAULT_LAYERS: Final = ("tiny", "small", "medium")
 _DEFAULT_DTYPES: Final = ("float32", "float16")
-_FILE = click.Path(path_type=Path, dir_okay=False)
+_FILE = NamedPath(path_type=Path, dir_okay=False)
 
 
 class _Extents(click.ParamType):  # type: ignore[type-arg]  # older clicks have no types in it

@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from deconvd.command_line import CliCommand
+from deconvd.command_line import CliCommand, WholeNumber
 from deconvd.errors import DeconvdError
 from deconvd_client.calls.uninterrupted import call_uninterrupted
 from deconvd_client.cli.interrupts import exit_on_signals
@@ -43,7 +43,7 @@ _TIMEOUT_S: Final = 5.0
 )
 @click.option(
     "--count",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="End after that many intervals. Without it: after Ctrl-C.",
 )

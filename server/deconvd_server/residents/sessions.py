@@ -39,6 +39,9 @@ _MAX_GRACE_S = 5.0
 _RETRY_AFTER_S = 1.0
 """How long a client should wait while the server drains: about as long as its successor takes to start."""
 
+_LEAST_PERIOD_S = 0.02
+"""How often the reaper looks at most: however short a lease is, it must not keep a processor busy."""
+
 _RESERVED_PART = 16
 """One session in this many is reserved for peers that have none, so that one busy peer cannot keep newcomers out."""
 
@@ -319,12 +322,12 @@ class Reaper:
     """A thread that ends sessions when their time is over.
 
     Args:
-        grace_s: The shortest time from an event in a session to its end. The thread looks twice as often.
+        grace_s: The shortest time from an event in a session to its end. The thread looks about twice as often.
     """
 
     def __init__(self, sessions: Sessions, grace_s: float) -> None:
         self._sessions = sessions
-        self._period_s = grace_s / 2
+        self._period_s = max(grace_s / 2, _LEAST_PERIOD_S)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="session-reaper", daemon=True)
         self._thread.start()

@@ -10,6 +10,7 @@ from typing import Final
 
 from deconvd.errors import UnavailableError
 from deconvd_server.call.context import CallContext
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.residents.entry import RETRY_AFTER_S, ResidentEntry
 
 __all__ = ["ResidentUse", "ResidentUses"]
@@ -58,6 +59,7 @@ class ResidentUses:
                 _log.info(
                     "stopping a call of %s: its client is stalled, and another tenant needs the memory",
                     use.call.peer,
+                    extra={REPEAT_KEY: __name__},
                 )
                 use.call.stop(
                     UnavailableError(

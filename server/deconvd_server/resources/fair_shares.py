@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from deconvd.errors import UnavailableError
+from deconvd_server.log_handler import REPEAT_KEY
 
 __all__ = ["FairShares", "PeerPlace"]
 
@@ -121,6 +122,7 @@ class FairShares:
                 self._plural_noun,
                 preempted.peer,
                 peer,
+                extra={REPEAT_KEY: (__name__, self._plural_noun)},  # strangers may cause many
             )
             try:
                 preempted.preempt()

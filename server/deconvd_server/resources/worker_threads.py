@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from deconvd.errors import UnavailableError
+from deconvd_server.log_handler import REPEAT_KEY
 
 __all__ = ["Workers", "WorkersExecutor"]
 
@@ -82,6 +83,7 @@ class Workers:
                     "there are %d threads named %s, and the system has none left for more",
                     len(self._threads),
                     self._name,
+                    extra={REPEAT_KEY: (__name__, self._name)},
                 )
                 _log.debug("a thread cannot be started: %s", error)
                 return False

@@ -28,6 +28,7 @@ from deconvd.lending.protocol import (
     LendingRequest,
     ReplyStatus,
 )
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.resources.fair_shares import FairShares, PeerPlace
@@ -220,7 +221,8 @@ class Lender:
         self._clients.append(client)
 
     def _refuse(self, client: _Client, reason: str) -> None:
-        _log.warning("shared memory is refused to %s: %s", client.peer, reason)
+        key = {REPEAT_KEY: (__name__, reason)}
+        _log.warning("shared memory is refused to %s: %s", client.peer, reason, extra=key)
         client.send(LendingReply(ReplyStatus.REFUSED, text=reason))
         client.close()
 
@@ -241,7 +243,10 @@ class Lender:
             request = LendingRequest.parse(packet)
         except ValueError as error:
             _log.warning(
-                "%s sent a malformed request for shared memory: %s", client.peer, excerpt(error)
+                "%s sent a malformed request for shared memory: %s",
+                client.peer,
+                excerpt(error),
+                extra={REPEAT_KEY: (__name__, ReplyStatus.MALFORMED)},
             )
             client.send(LendingReply(ReplyStatus.MALFORMED, text=str(error)))
             self._drop(client)
@@ -276,7 +281,7 @@ class Lender:
         self._clients.remove(client)
         client.place.free()
         client.account.is_open = False  # at once, for `_deliver`: the mapper may close it later
-        self._mapper.submit(self._loans.close, client.account)
+        self._mapper.submit(_log_failure, partial(self._loans.close, client.account))
         self._release_card_loans(client)
 
     def _release_card_loans(self, client: _Client) -> None:
@@ -297,11 +302,23 @@ class Lender:
     def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
         self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
-        self._mapper.submit(card_lender.close, borrowing)
+        self._mapper.submit(_log_failure, partial(card_lender.close, borrowing))
 
     # In the mapper's thread.
 
     def _perform(self, client: _Client, request: LendingRequest) -> None:
+        try:
+            reply, memory = self._answer(client, request)
+        except Exception:  # noqa: BLE001 - logged, and answered: else the client would wait, and keep its place, for ever
+            _log.exception("a request for shared memory failed: unforeseen error")
+            text = "the server failed by an unforeseen error: see its log"
+            reply, memory = LendingReply(ReplyStatus.FAILED, text=text), None
+        self._listener.call_soon(partial(self._deliver, client, reply, memory))
+        self._spare.prepare()
+
+    def _answer(
+        self, client: _Client, request: LendingRequest
+    ) -> tuple[LendingReply, SealedMemory | None]:
         memory: SealedMemory | None = None
         if request.operation is LendingOperation.LEND:
             reply, memory = self._lend(client, request.size_bytes)
@@ -313,8 +330,7 @@ class Lender:
             reply = LendingReply(
                 ReplyStatus.MALFORMED, text="this client has no region of that name"
             )
-        self._listener.call_soon(partial(self._deliver, client, reply, memory))
-        self._spare.prepare()
+        return reply, memory
 
     def _lend_on_card(self, client: _Client, request: LendingRequest) -> LendingReply:
         if self._card_lender is None:
@@ -348,7 +364,8 @@ class Lender:
         try:
             self._loans.reserve(client.account, size_bytes)
         except OverLimitError as error:
-            _log.info("%s gets no more shared memory: %s", client.peer, error)
+            key = {REPEAT_KEY: (__name__, error.status)}
+            _log.info("%s gets no more shared memory: %s", client.peer, error, extra=key)
             return LendingReply(error.status, text=str(error)), None
         try:
             memory = self._spare.take(size_bytes)
@@ -359,6 +376,14 @@ class Lender:
             return LendingReply(ReplyStatus.FAILED, text=text), None
         name = self._loans.lend(client.account, memory)
         return LendingReply(ReplyStatus.DONE, size_bytes, name), memory
+
+
+def _log_failure(work: Callable[[], None]) -> None:
+    """Do what nobody waits for in the mapper's thread: an error would be lost with its future."""
+    try:
+        work()
+    except Exception:  # noqa: BLE001 - logged: the memory of other clients is taken back all the same
+        _log.exception("taking back shared memory failed: unforeseen error")
 
 
 class _Client:

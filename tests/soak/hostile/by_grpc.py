@@ -105,6 +105,15 @@ def small_unread_answers(a: Attacker) -> None:
 
 
 @hostile
+def unread_health(a: Attacker) -> None:
+    """Calls for health by the thousand, whose answers nobody reads."""
+    for _ in range(4):
+        connection = a.http2(answer_bytes=0)
+        for _ in range(500):
+            connection.call(f"{HEALTH}Check", b"")
+
+
+@hostile
 def pinned_tensors(a: Attacker) -> None:
     """Tensors that are asked for, so that they cannot be displaced, and whose elements nobody reads."""
     holder = a.session()

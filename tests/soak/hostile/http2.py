@@ -85,6 +85,11 @@ class Http2:
         """Give a call up."""
         self._write(_frame(_RESET, struct.pack(">I", _CANCEL), 0, stream))
 
+    def wait_for_reset(self, stream: int) -> None:
+        """Read until the server breaks a call off. Raises OSError if it does not."""
+        while self._hear() != (_RESET, stream):
+            pass
+
     def send_raw(self, data: bytes) -> None:
         """Send bytes, whatever they mean."""
         self._write(data)
@@ -95,8 +100,8 @@ class Http2:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def _hear(self) -> None:
-        """Read a frame. Raises OSError if none comes."""
+    def _hear(self) -> tuple[int, int]:
+        """Read a frame, and return its kind and its stream. Raises OSError if none comes."""
         head = self._read(9)
         kind, flags, stream = struct.unpack_from(">BBI", head, 3)
         payload = self._read(int.from_bytes(head[:3]))
@@ -106,6 +111,7 @@ class Http2:
             for number, value in struct.iter_unpack(">HI", payload):
                 if number == _INITIAL_WINDOW_SIZE:
                     self._change_windows(value)
+        return kind, stream
 
     def _change_windows(self, initial_bytes: int) -> None:
         for stream in self._windows:

@@ -37,6 +37,7 @@ from deconvd.direct.frame_stream import FrameStream
 from deconvd.direct.tls_stream import TlsStream
 from deconvd.wire.stream_parts import PendingElements
 from deconvd_server.call.context import CallContext, CallerGoneError
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.log_text import excerpt
 from deconvd_server.resources.fair_shares import PeerPlace
 from deconvd_server.service.method import RpcMethod
@@ -235,7 +236,10 @@ class DirectConnection:
 
     def _log_end(self, error: Exception) -> None:
         if isinstance(error, MemoryError):
-            _log.warning("the direct connection of %s has ended: memory has run out", self._peer)
+            key = {REPEAT_KEY: (__name__, MemoryError)}
+            _log.warning(
+                "the direct connection of %s has ended: memory has run out", self._peer, extra=key
+            )
             return
         is_expected = self.is_idle or self._stripe is not None  # a striped call logs its failure
         _log.log(
@@ -243,6 +247,7 @@ class DirectConnection:
             "the direct connection of %s has ended: %s",
             self._peer,
             excerpt(error),
+            extra={REPEAT_KEY: (__name__, type(error))},
         )
 
     def _end(self) -> None:

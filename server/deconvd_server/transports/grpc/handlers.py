@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -16,12 +15,12 @@ from typing import Final, TypeAlias
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from deconvd.errors import DeadlineError, DeconvdError, InvalidArgumentError, UnavailableError
+from deconvd.errors import DeconvdError, InvalidArgumentError, UnavailableError
 from deconvd.wire.chunks import ChunkSource
 from deconvd.wire.codec import encode
 from deconvd.wire.status import status_from_error
 from deconvd.wire.trace_context import TRACEPARENT, TRACESTATE
-from deconvd_server.call.context import STALL_LIMIT_S, CallContext, CallerGoneError, ClientWaitState
+from deconvd_server.call.context import CallContext, CallerGoneError, ClientWaitState
 from deconvd_server.resources.fair_shares import FairShares
 from deconvd_server.resources.worker_threads import Workers
 from deconvd_server.service.method import (
@@ -33,7 +32,7 @@ from deconvd_server.service.method import (
     SessionMethod,
     UnaryMethod,
 )
-from deconvd_server.transports.grpc.rpc import CallLater, Rpc
+from deconvd_server.transports.grpc.rpc import Rpc
 from deconvd_server.transports.grpc.rpc_messages import RequestQueue, ResponseQueue
 from deconvd_server.transports.grpc.session_rpc import SessionRpc
 from deconvd_server.transports.observers import Observer
@@ -48,29 +47,14 @@ or wait for it, so that calls which need no device are still served."""
 _RESERVED_CALLS_COUNT: Final = 16
 """Of those, how many are for peers that have no call: one peer cannot take all."""
 
-_FIRST_MESSAGE_S: Final = 60.0
-"""How long a call may take to send its first message: enough for a large one over a slow network."""
-
-_LARGE_BYTES: Final = 1 << 20
-"""An answer of more than this must leave in time: until then it counts against the memory of its peer. Small answers
-count for little."""
-
-_SLOWEST_BYTES_PER_S: Final = 1e6
-"""How fast a large answer must leave, as over a network of 8 Mbit/s, after the time for which any call may stall. gRPC
-does not tell how much of an answer has left, only when all of it has."""
-
 _REQUEST_ID_KEY: Final = "x-request-id"
 
 _TRACE_KEYS: Final = frozenset({TRACEPARENT, TRACESTATE})
-
-_POLL_PERIOD_S: Final = 1.0
-"""How often the server looks for calls that have sent no message in time."""
 
 _STARTING: Final = UnavailableError(
     "the server is starting: its device is not ready yet", retry_after_s=0.2
 )
 _DRAINING: Final = UnavailableError("the server is draining: it takes no calls", retry_after_s=0.2)
-_NO_MESSAGE: Final = DeadlineError(f"the call has sent no message for {_FIRST_MESSAGE_S:g} s")
 _PREEMPTED: Final = UnavailableError(
     "the call has given way to another client's", retry_after_s=0.5
 )
@@ -100,9 +84,7 @@ class GrpcService:
         self._methods: Mapping[str, RpcMethod] = {}
         self._refusal: DeconvdError | None = _STARTING
         self._shares = FairShares(CALLS_COUNT, _RESERVED_CALLS_COUNT, "calls by gRPC")
-        self._awaiting_message: dict[
-            Rpc, float
-        ] = {}  # with the time when each came, the oldest first
+        self._awaiting_message: dict[Rpc, None] = {}
         self._running: dict[Rpc, None] = {}
         self._unanswered: list[Rpc] = []  # calls that came after `close` and before `refuse`
         self._is_refusing = False
@@ -159,21 +141,12 @@ class GrpcService:
         with self._changed:
             self._changed.notify_all()
 
-    def expire(self, call_later: CallLater) -> None:
-        """End calls that have sent no message in time, now and from now on. For gRPC's thread."""
-        until_s = time.monotonic() - _FIRST_MESSAGE_S
-        for rpc, since_s in list(self._awaiting_message.items()):
-            if since_s > until_s:
-                break
-            rpc.fail(status_from_error(_NO_MESSAGE))
-        call_later(_POLL_PERIOD_S, partial(self.expire, call_later))
-
     def _accept(self, name: str, rpc: Rpc) -> None:
         """Take a new call, and wait for its first message."""
         if self._refusal is not None:
             self._refuse(rpc, self._refusal)
             return
-        self._awaiting_message[rpc] = time.monotonic()
+        self._awaiting_message[rpc] = None
         rpc.receive(partial(self._serve, name, rpc))
 
     def _refuse(self, rpc: Rpc, refusal: DeconvdError) -> None:
@@ -328,10 +301,8 @@ def _response_parts(
 
 
 def _finish(rpc: Rpc, scope: CallScope, response: bytes | None = None) -> None:
-    """End a call with its answer and its ledger, or with its failure; cut it off if a large answer does not leave."""
+    """End a call with its answer and its ledger, or with its failure."""
     if scope.failure is not None:
         rpc.fail(scope.failure)
-        return
-    rpc.finish(scope.call.ledger.as_metadata(), response)
-    if response is not None and len(response) > _LARGE_BYTES:
-        rpc.call_later(STALL_LIMIT_S + len(response) / _SLOWEST_BYTES_PER_S, rpc.cancel)
+    else:
+        rpc.finish(scope.call.ledger.as_metadata(), response)

@@ -23,6 +23,7 @@ from typing import Final
 from deconvd.errors import UnavailableError
 from deconvd.host.malloc import allocated_bytes
 from deconvd.wire.status import status_from_error
+from deconvd_server.log_handler import REPEAT_KEY
 from deconvd_server.transports.grpc.rpc import CallLater, Rpc
 
 __all__ = ["ReceiveLimiter"]
@@ -58,6 +59,10 @@ _STATUS_SEND_S: Final = 0.1
 A client whose status was not sent in time sees CANCELLED, and does not try again. On a busy machine 20 ms were too few.
 """
 
+_UNREAD_S: Final = 0.2
+_UNREAD_BYTES: Final = 64 << 10
+"""An answer of at most that many bytes that has not left for so long is of a client that does not read."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +71,8 @@ class ReceiveLimiter:
 
     It chooses the peer that has kept the server waiting for longest, summed over the peer's calls, and ends the older
     half of them. So a peer that sends little, or fast, is hardly ever chosen, and one that begins many messages and
-    finishes none is. If no call waits for such a message, it chooses among streams, which may send ahead, and then
-    among sessions, which are idle for most of their time.
+    finishes none is, or that does not read small answers. If there is no such call, it chooses among streams, which may
+    send ahead, and then among sessions, which are idle for most of their time.
 
     Args:
         rpcs: All calls.
@@ -144,6 +149,7 @@ class ReceiveLimiter:
         _log.warning(
             "%d calls of %s end: messages that are not admitted yet take more than %d bytes",
             *(len(leavers), peer, self._bound_bytes),
+            extra={REPEAT_KEY: __name__},
         )
         error = UnavailableError(
             "the server has no memory for the call's messages: messages of all calls that are not admitted yet may "
@@ -165,7 +171,7 @@ class ReceiveLimiter:
                 rpc.receive(partial(_cancel_oversent, rpc))
 
     def _preemptible(self) -> list[Rpc]:
-        """Return the calls of which some must end: message by message, else streams, else sessions."""
+        """Return the calls of which some must end: message by message and unread, else streams, else sessions."""
         calls = [rpc for rpc in list(self._rpcs) if not rpc.has_ended]
         receiving = [rpc for rpc in calls if rpc.is_receiving]
         asked_until_s = time.monotonic() - _END_OF_STREAM_S
@@ -176,7 +182,16 @@ class ReceiveLimiter:
             and not (rpc.has_all_requests and rpc.receive_began_s > asked_until_s)
         ]
         streams = [rpc for rpc in calls if not rpc.is_idle and not rpc.has_all_requests]
-        return brief or streams or receiving
+        return [*brief, *self._unread()] or streams or receiving
+
+    def _unread(self) -> list[Rpc]:
+        """Return the calls that are kept because their clients do not read small answers, which no budget counts."""
+        until_s = time.monotonic() - _UNREAD_S
+        return [
+            rpc
+            for rpc in list(self._rpcs)
+            if rpc.answered_s < until_s and rpc.answer_bytes <= _UNREAD_BYTES
+        ]
 
 
 def _cancel_oversent(rpc: Rpc, message: bytes | None) -> None:

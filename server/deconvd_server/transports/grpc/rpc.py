@@ -8,6 +8,7 @@ of the same parts as theirs: completion queues, and batches of operations.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -57,6 +58,9 @@ class Rpc:
         is_idle: Whether it may be without a message for long, as a session may. The handler sets it.
         is_receiving: Whether a message is awaited.
         receive_began_s: When a message was last asked for, on the monotonic clock.
+        has_received: Whether its first message has come, or the news that there is none.
+        answered_s: When its status was handed to gRPC, on the monotonic clock; infinity before that.
+        answer_bytes: The size of the last message then.
         on_done: Called once it is done, after `on_close`.
 
     Args:
@@ -74,6 +78,9 @@ class Rpc:
         self.is_idle = False
         self.is_receiving = False
         self.receive_began_s = time.monotonic()
+        self.has_received = False
+        self.answered_s = math.inf
+        self.answer_bytes = 0
         self._deadline_s: float = event.call_details.deadline
         self._call = event.call
         self._on_end = on_end
@@ -134,7 +141,8 @@ class Rpc:
     def finish(self, metadata: Metadata, message: bytes | None = None) -> None:
         """End the call well, with a last message if there is one. Does nothing if it has ended."""
         messages = () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
-        self._end(metadata, cygrpc.StatusCode.ok, "", messages)
+        size_bytes = 0 if message is None else len(message)
+        self._end(metadata, cygrpc.StatusCode.ok, "", messages, size_bytes)
 
     def fail(self, failure: status_pb2.Status) -> None:
         """End the call with a failure. Does nothing if it has ended."""
@@ -166,7 +174,12 @@ class Rpc:
         return (cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),)
 
     def _end(
-        self, metadata: Metadata, code: int, details: str, messages: tuple[Any, ...] = ()
+        self,
+        metadata: Metadata,
+        code: int,
+        details: str,
+        messages: tuple[Any, ...] = (),
+        size_bytes: int = 0,
     ) -> None:
         status = cygrpc.SendStatusFromServerOperation(
             tuple(metadata), code, details.encode(), _NO_FLAGS
@@ -174,6 +187,7 @@ class Rpc:
         with self._lock:
             is_over, self._is_over = self._is_over, True
         if not is_over:
+            self.answered_s, self.answer_bytes = time.monotonic(), size_bytes
             batch = partial(self._finish_batch, _do_nothing, False)
             self._start((*self._initial_metadata(), *messages, status), batch, is_last=True)
 
@@ -197,6 +211,7 @@ class Rpc:
             if is_receive:
                 self._receive_batch = None
                 self.is_receiving = False
+                self.has_received = True
                 then(event.batch_operations[0].message())
             else:
                 then()

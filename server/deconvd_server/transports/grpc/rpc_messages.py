@@ -15,16 +15,29 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Final
 
-from deconvd.errors import CallCancelledError
+from deconvd.errors import CallCancelledError, UnavailableError
 from deconvd.wire.chunks import part_messages
-from deconvd_server.call.context import CallContext, CallerGoneError, ClientWaitState
+from deconvd_server.call.context import (
+    STALL_LIMIT_S,
+    CallContext,
+    CallerGoneError,
+    ClientWaitState,
+)
 from deconvd_server.resources.fair_shares import PeerPlace
 from deconvd_server.service.method import Parts
 from deconvd_server.transports.grpc.rpc import Rpc
 
 __all__ = ["RequestQueue", "ResponseQueue"]
+
+_STALL_S: Final = STALL_LIMIT_S + 1.0
+"""How long a call may wait for its client. The watch over streams ends those that hold memory a moment sooner. But a
+call may wait without such memory, too: for the end of its messages, or until the last of its answer has left."""
+
+_RETRY_AFTER_S: Final = 0.5
+"""When the client of a call that has sent nothing for so long may try again."""
 
 
 class RequestQueue:
@@ -52,10 +65,17 @@ class RequestQueue:
 
         Raises:
             CallCancelledError: The caller has gone.
+            UnavailableError: It has sent nothing for too long.
         """
         while True:
             self._wait.blocked_since_s = time.monotonic()
-            message = self._messages.get()
+            try:
+                message = self._messages.get(timeout=_STALL_S)
+            except Empty:
+                raise UnavailableError(
+                    f"the client has sent no message of the call for {_STALL_S:g} s, and not said that it was the last",
+                    retry_after_s=_RETRY_AFTER_S,
+                ) from None
             self._wait.blocked_since_s = math.inf
             if self._call.is_cancelled:
                 raise CallCancelledError("the caller gave the call up")
@@ -91,13 +111,17 @@ class ResponseQueue:
         A message is made while the one before leaves, and is sent once that has left.
 
         Raises:
-            CallerGoneError: The caller has gone.
+            CallerGoneError: The caller has gone, or has taken nothing for too long.
             DeconvdError: The server has stopped the call.
         """
         messages = chain.from_iterable(map(part_messages, parts))
         for message in chain(messages, (None,)):
             self._wait.blocked_since_s = time.monotonic()
-            self._send_permits.get()
+            try:
+                self._send_permits.get(timeout=_STALL_S)
+            except Empty:
+                self._rpc.cancel()  # a status would wait behind what the client does not take
+                raise CallerGoneError(f"the caller has taken nothing for {_STALL_S:g} s") from None
             self._wait.blocked_since_s = math.inf
             if self._call.is_cancelled:
                 raise self._call.stop_error or CallerGoneError("the caller gave the call up")

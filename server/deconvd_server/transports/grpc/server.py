@@ -16,9 +16,10 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
-from deconvd.errors import UnauthenticatedError
+from deconvd.errors import DeadlineError, UnauthenticatedError
 from deconvd.wire.grpc_options import GRPC_OPTIONS
 from deconvd.wire.status import status_from_error
+from deconvd_server.call.context import STALL_LIMIT_S
 from deconvd_server.resources.accept_loop import SHORTAGE_PAUSE_S
 from deconvd_server.transports.grpc.callers import CallerReader
 from deconvd_server.transports.grpc.core import cygrpc
@@ -56,6 +57,18 @@ _LEAST_LOOKAHEAD_BYTES: Final = 65535
 _LOOKAHEAD_PART: Final = 64
 """A client may send this part of the memory for messages, one in 64, before the server asks for its next message. A
 larger window makes calls over long distances faster: with less, gRPC asks for one mebibyte in each round trip."""
+
+_FIRST_MESSAGE_S: Final = 60.0
+"""How long a call may take to send its first message: enough for a large one over a slow network."""
+
+_NO_MESSAGE: Final = DeadlineError(f"the call has sent no message for {_FIRST_MESSAGE_S:g} s")
+
+_SLOWEST_BYTES_PER_S: Final = 1e6
+"""How fast an answer must leave, as over a network of 8 Mbit/s, after the time for which any call may stall. gRPC does
+not tell how much of an answer has left, only when all of it has."""
+
+_EXPIRY_PERIOD_S: Final = 1.0
+"""How often it looks for calls whose clients are too slow."""
 
 _TICK_S: Final = 0.2
 """How often the thread looks at its timers when no event comes: another thread may add one without waking it."""
@@ -150,6 +163,7 @@ class GrpcServer:
         self._server.start()
         for _ in range(_ACCEPT_BACKLOG_COUNT):
             self._request_call()
+        self._expire()
         self._thread.start()
 
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
@@ -256,6 +270,20 @@ class GrpcServer:
                 rpc.fail(status_from_error(error))
                 return
         self._handlers.get(rpc.path, _refuse)(rpc)
+
+    def _expire(self) -> None:
+        """End the calls whose first message or whose answer takes too long, now and from now on. For gRPC's thread.
+
+        Whatever their method: gRPC keeps a call until its client has sent and read everything, and a client may have
+        hundreds on each of its connections.
+        """
+        now_s = time.monotonic()
+        for rpc in list(self.rpcs):
+            if now_s > rpc.answered_s + STALL_LIMIT_S + rpc.answer_bytes / _SLOWEST_BYTES_PER_S:
+                rpc.cancel()  # for a client that does not read
+            elif not rpc.has_received and now_s > rpc.receive_began_s + _FIRST_MESSAGE_S:
+                rpc.fail(status_from_error(_NO_MESSAGE))
+        self.call_later(_EXPIRY_PERIOD_S, self._expire)
 
     def _fail_lost_receives(self) -> None:
         """Fail the calls whose message came when there was no memory to hand it over.
