@@ -145,7 +145,7 @@ class Supervisor:
             worker.room_requests.clear()
 
     def _wait(self) -> str | None:
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # which needs no descriptor: none may be left
             selector.register(self._reasons, selectors.EVENT_READ)
             for worker in self._workers:
                 if worker.link is not None:
