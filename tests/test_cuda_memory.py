@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from deconvd.errors import ExhaustedError
+from deconvd.errors import CallCancelledError, DeadlineError, ExhaustedError
+from deconvd_server.call.context import CallContext
 from deconvd_server.device.cuda.api.memory import ALIGNMENT_BYTES, BlockLayout, DeviceMemory
 
 
@@ -147,6 +148,21 @@ def test_a_call_waits_for_the_memory_of_a_search_and_for_no_other() -> None:
     with pytest.raises(ExhaustedError, match="50 of 100 are free"):
         memory.lease(60)
     call.free()
+    assert memory.stats.used_bytes == 0
+
+
+def test_a_call_waits_for_no_search_once_it_is_cancelled_or_late() -> None:
+    memory = memory_of(Card(100).allocate)
+    cancelled, late = CallContext(), CallContext(timeout_s=0.05)
+    with memory.lease_for_search(60), ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(memory.lease, 50, call.check) for call in (cancelled, late)]
+        with pytest.raises(DeadlineError):
+            waiting[1].result(60)
+        assert not waiting[0].done()
+        cancelled.cancel()
+        with pytest.raises(CallCancelledError):
+            waiting[0].result(60)
+        memory.lease_for_search(30).free()  # which nobody is before
     assert memory.stats.used_bytes == 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +21,7 @@ from deconvd_server.exit_codes import ExitCode
 from deconvd_server.supervision import devices
 from deconvd_server.supervision.devices import may_be_several
 from deconvd_server.supervision.layout import check_layout
+from deconvd_server.supervision.plans_folder import _marked_name, temporary_plans_folder
 from deconvd_server.supervision.process_choice import ProcessChoice, choose_processes
 from tests.processes import wait_until
 from tests.servers import free_port, server_process
@@ -164,6 +167,37 @@ def test_why_one_process_serves_cards_that_nobody_could_count(
     assert "exit status 9" in choice.reason
 
 
+_HANGS_WHERE_CARDS_ARE_COUNTED = f"""
+import os, pathlib, sys, time
+if {devices.__name__!r} in sys.orig_argv:
+    pathlib.Path(os.environ["COUNTER"]).write_text(str(os.getpid()))
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_heeded_while_cards_are_counted(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_HANGS_WHERE_CARDS_ARE_COUNTED)
+    counter = tmp_path / "counter"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "deconvd_server", "--device", DEVICE, "--listen", "127.0.0.1:0"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "COUNTER": str(counter)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: counter.exists() and counter.read_text() != "")
+        server.send_signal(number)
+        _, said = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+
+    assert server.returncode == ExitCode.DRAINED
+    assert f"{number.name}: ends before it has started" in said
+    assert not Path("/proc", counter.read_text()).exists()
+
+
 def test_no_process_but_one_is_chosen_for_one_device() -> None:
     assert choose_processes(options(device="cpu")) == ProcessChoice()
     assert choose_processes(options(device="cuda:0")) == ProcessChoice()
@@ -262,9 +296,8 @@ os.seteuid(os.getuid())  # whose files this process writes at its end
 @pytest.mark.parametrize("mode", [0o777, 0o333])  # where others may look, and where they may not
 def test_a_folder_that_this_user_may_not_look_into_is_no_obstacle(mode: int) -> None:
     with TemporaryDirectory() as directory:
-        locked = Path(directory, "deconvd-workers-of-another")
+        locked = Path(directory, _marked_name("of_another"))
         locked.mkdir()
-        (locked / "temporary").touch()
         locked.chmod(0)
         os.chmod(directory, mode)
 
@@ -284,12 +317,40 @@ def test_a_folder_that_this_user_may_not_look_into_is_no_obstacle(mode: int) -> 
         locked.chmod(0o700)
 
 
+_DIES_BEFORE_IT_LOCKS = """
+import fcntl, os, signal
+from deconvd_server.supervision.plans_folder import temporary_plans_folder
+fcntl.flock = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with temporary_plans_folder():
+    pass
+"""
+
+
+def test_the_folder_of_a_supervisor_that_was_killed_at_once_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", _DIES_BEFORE_IT_LOCKS],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=60,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_plans_folder() as own:
+        assert own is not None
+        assert list(tmp_path.iterdir()) == [own.path]
+        assert own.path != left
+
+
 def test_without_a_place_for_plans_they_are_not_shared(socket_directory: Path) -> None:
     # as on a root that is read-only, which has no /tmp to write to
     prelude = (
         "import tempfile\n"
-        "def refuse(**_): raise FileNotFoundError('No usable temporary directory found')\n"
-        "tempfile.mkdtemp = refuse"
+        "def refuse(): raise FileNotFoundError('No usable temporary directory found')\n"
+        "tempfile.gettempdir = refuse"
     )
     with server_process(
         socket_directory,

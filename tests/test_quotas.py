@@ -202,6 +202,18 @@ def test_owners_whose_keys_are_alike_are_not_the_same(rows: list[SharedQuotas]) 
     assert [rows[1].used_by_others(key) for key in keys] == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
 
 
+def test_a_request_is_open_until_it_is_closed_or_its_process_ends(rows: list[SharedQuotas]) -> None:
+    assert all(rows[0].open_request(number) for number in range(1, 257))
+    assert not rows[0].open_request(257)
+    rows[0].close_request(7)
+
+    assert [rows[2].is_open(0, number) for number in (6, 7, 8)] == [True, False, True]
+    assert not rows[2].is_open(1, 6)
+    assert rows[0].open_request(257)
+    rows[1].clear(0)
+    assert not rows[2].is_open(0, 257)
+
+
 def test_answers_are_for_those_who_have_asked(rows: list[SharedQuotas]) -> None:
     rows[2].answer(0, 5)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -20,6 +22,7 @@ from tests.servers import ServerProcess, server_process
 from tests.session_clients import SessionClient, error_of, open_session, remember_stream
 from tests.worker_servers import own_targets, pid_of, wait_for_serving
 
+_REQUESTS = "deconvd_server.supervision.room_requests"
 _IMAGE_BYTES = 256 << 10
 _QUOTA_BYTES = 4 * _IMAGE_BYTES
 
@@ -50,11 +53,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def clients(server: ServerProcess, key: bytes) -> Iterator[tuple[SessionClient, SessionClient]]:
-    """Give two clients of one tenant, one of each process."""
-    one, other = (own_targets(worker)[0] for worker in wait_for_serving(server))
-    with open_session(one, key) as first, open_session(other, key) as second:
-        yield first, second
+def clients(server: ServerProcess, key: bytes, count: int = 2) -> Iterator[list[SessionClient]]:
+    """Give clients of one tenant, one of each process."""
+    workers = wait_for_serving(server, count)
+    with ExitStack() as stack:
+        yield [stack.enter_context(open_session(own_targets(worker)[0], key)) for worker in workers]
+
+
+def three_processes(
+    directory: Path, *, prelude: str = "", constants: Mapping[str, float] | None = None
+) -> AbstractContextManager[ServerProcess]:
+    """Run a server of three processes, in which a tenant may keep four images."""
+    options = ["--processes", "3", "--tenant-bytes", str(_QUOTA_BYTES)]
+    return server_process(directory, *options, prelude=prelude, constants=constants)
 
 
 def remember(held: SessionClient, seed: int) -> None:
@@ -117,6 +128,65 @@ def test_no_more_gives_way_than_another_process_needs(tmp_path: Path) -> None:
         second.put(image(0))
 
         assert first.resident_count() == 3
+
+
+def test_no_more_gives_way_of_several_others_than_another_process_needs(tmp_path: Path) -> None:
+    # as on a machine on which each takes long: none is asked before the one before it has answered
+    patience = {f"{_REQUESTS}:_TURN_S": 30.0, f"{_REQUESTS}:_PATIENCE_S": 30.0}
+    with (
+        three_processes(tmp_path, prelude=_SLOW_DROPS, constants=patience) as server,
+        clients(server, b"slow", 3) as (first, second, third),
+    ):
+        for seed in range(4):
+            remember((first, second)[seed % 2], seed)
+        third.put(image(0))
+
+        assert first.resident_count() + second.resident_count() == 3
+
+
+def test_who_wants_no_room_any_more_gets_none(tmp_path: Path) -> None:
+    with (
+        three_processes(tmp_path) as server,
+        clients(server, b"late", 3) as (first, second, third),
+    ):
+        for seed in range(3):
+            remember(first, seed)
+        second.put(image(0))
+        pid = pid_of(server, "0")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(grpc.RpcError, match="over its quota"):
+                third.put(image(1))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        # its requests are served in turn, so the one that nobody waits for has been when another one is
+        with clients(server, b"later", 3) as (early, _, late):
+            for seed in range(4):
+                remember(early, seed)
+            late.put(image(2))
+
+        assert first.resident_count() == 3
+
+
+def test_nobody_waits_for_a_process_that_has_ended(tmp_path: Path) -> None:
+    patience = {f"{_REQUESTS}:_TURN_S": 600.0, f"{_REQUESTS}:_PATIENCE_S": 600.0}
+    with (
+        three_processes(tmp_path, constants=patience) as server,
+        clients(server, b"mourned", 3) as (first, second, third),
+    ):
+        for number in range(3):
+            first.put(image(number))
+        second.put(image(3))
+        pid = pid_of(server, "0")
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor() as threads:
+            waiting = threads.submit(third.put, np.ones((1, 1, 512, 512), np.float32))
+            time.sleep(0.5)  # for it to ask the process that is stopped, which has most
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(
+                grpc.RpcError, match="over its quota"
+            ):  # as the second one keeps its own
+                waiting.result(60)
 
 
 def test_a_process_that_ends_gives_back_what_a_tenant_had_there(server: ServerProcess) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -270,6 +271,21 @@ def test_a_process_that_never_starts_leaves_the_others_serving(socket_directory:
     pauses = re.findall(r"worker 1 .*next one starts in (\S+) s", server.log.read_text())
     assert pauses[:3] == ["0.2", "0.4", "0.8"]
     assert '"worker": "0"' in server.log.read_text()
+
+
+def test_a_supervisor_without_descriptors_waits_for_some(socket_directory: Path) -> None:
+    with server_process(socket_directory, "--processes", "2") as server:
+        wait_for_serving(server)
+        limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        killed = pid_of(server, "0")
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: "worker 0 (cpu) cannot be started" in server.log.read_text())
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+        wait_for_serving(server)
+        code = server.end()
+
+    assert code == ExitCode.DRAINED
 
 
 def test_if_no_process_can_start_it_ends_and_says_why(socket_directory: Path) -> None:

@@ -20,7 +20,8 @@ from deconvd_server.access_options import AccessPolicy, add_access_options, load
 from deconvd_server.command_options import ByteSize, Seconds, ServerCommand, unknown_variables
 from deconvd_server.device import Device
 from deconvd_server.device.faults import DeviceUnavailableError
-from deconvd_server.exit_reasons import ExitReasons, ServingLostError
+from deconvd_server.exit_codes import ExitCode
+from deconvd_server.exit_reasons import ExitReasons, ServingLostError, StoppedError
 from deconvd_server.log_handler import LogHandler
 from deconvd_server.log_options import add_log_options, log_to_standard_error
 from deconvd_server.memory_options import add_memory_options
@@ -257,7 +258,7 @@ def main(
     watch = start_parent_watch(parent, addresses)
     why_one = ""
     if orders is None:
-        choice = _choose_processes(context.params)
+        choice = _choose_processes(context.params, reasons, watch)
         why_one = choice.reason
         if choice.places:
             _supervise(context.params, choice.places, policy, reasons, systemd, log_handler, watch)
@@ -335,9 +336,15 @@ def main(
     )
 
 
-def _choose_processes(options: dict[str, Any]) -> ProcessChoice:
+def _choose_processes(
+    options: dict[str, Any], reasons: ExitReasons, watch: ParentWatch | None
+) -> ProcessChoice:
     try:
-        return choose_processes(options)
+        return choose_processes(options, reasons)
+    except StoppedError as stopped:
+        _log.info("%s: ends before it has started", stopped)
+        _end(watch, None, 0)
+        exit_process(ExitCode.DRAINED)
     except (DeviceUnavailableError, DeconvdError) as error:
         _exit_with_error(error)
 

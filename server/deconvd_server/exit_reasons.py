@@ -9,7 +9,14 @@ from queue import SimpleQueue
 
 from deconvd_server.device.faults import DeviceLostError
 
-__all__ = ["DrainResult", "ExitReason", "ExitReasons", "ServingLostError", "StopRequest"]
+__all__ = [
+    "DrainResult",
+    "ExitReason",
+    "ExitReasons",
+    "ServingLostError",
+    "StopRequest",
+    "StoppedError",
+]
 
 
 class ServingLostError(Exception):
@@ -35,6 +42,17 @@ class DrainResult:
 
     def __init__(self, is_clean: bool) -> None:
         self.is_clean = is_clean
+
+
+class StoppedError(Exception):
+    """A reason to end has come before the server could serve: it has nothing to lose.
+
+    Args:
+        reason: Of `ExitReasons`.
+    """
+
+    def __init__(self, reason: ExitReason) -> None:
+        super().__init__(str(getattr(reason, "name", reason)))
 
 
 ExitReason = signal.Signals | StopRequest | DeviceLostError | ServingLostError | DrainResult

@@ -63,11 +63,7 @@ class Quotas:
 
     def have_room(self, tenant: Tenant, size_bytes: int) -> bool:
         """Return whether the quota of a tenant's owner has room for that many more bytes."""
-        return self.lacking_bytes(tenant, size_bytes) <= 0
-
-    def lacking_bytes(self, tenant: Tenant, size_bytes: int) -> int:
-        """Return how many bytes the owner must give back before that many more have room; at most 0 if they have it."""
-        return self.used_bytes(tenant) + size_bytes - tenant.quota_bytes
+        return self.used_bytes(tenant) + size_bytes <= tenant.quota_bytes
 
     def is_within_part(self, tenant: Tenant, size_bytes: int) -> bool:
         """Return whether a tenant would be within its part with that many more bytes."""

@@ -269,25 +269,30 @@ class ResidentRegistry:
                 entry.acquire()
             return entry
 
-    def give_room(self, owner: bytes, size_bytes: int) -> None:
+    def give_room(self, owner: bytes, size_bytes: int, is_wanted: Callable[[], bool]) -> None:
         """Drop tensors for another process, until an owner's quota has room there: those with a content but no name.
 
         Args:
             owner: The `Tenant.shared_key` of tenants.
+            is_wanted: Returns whether the other process still wants the room.
         """
         with self._changed:
             tenants = [tenant for tenant in self._contents if tenant.shared_key == owner]
             contents = [entry for tenant in tenants for entry in self._contents_of(tenant)]
-            # counted once: the other process may take what is free before all of it is
-            lacking_bytes = self._quotas.lacking_bytes(tenants[0], size_bytes) if tenants else 0
+
+        def is_enough() -> bool:
+            # in this order: before the other process takes the room, it says that it wants no more
+            return self._quotas.have_room(tenants[0], size_bytes) or not is_wanted()
+
         for batch in _batches(contents):
             with self._changed:
                 for entry in batch:
-                    if lacking_bytes <= 0:
-                        return
-                    if self._drop_if_idle(entry):
-                        lacking_bytes -= entry.size_bytes
+                    if is_enough():  # again each time: others may make room, too, or take it
+                        break
+                    self._drop_if_idle(entry)
             self._placement.sweep()
+            if is_enough():
+                return
 
     def _take_quota(self, session: Session, size_bytes: int, call: CallContext) -> None:
         """Charge bytes to the quota of a session's tenant, for which other processes may have to make room, too."""

@@ -14,13 +14,23 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
 from deconvd_server.resources.worker_table import MAX_WORKERS_COUNT
 
-__all__ = ["OWNER_BYTES", "QUOTA_SHARING", "QuotaSharing", "SharedQuotas", "create_shared_quotas"]
+__all__ = [
+    "OWNER_BYTES",
+    "QUOTA_SHARING",
+    "GiveRoom",
+    "QuotaSharing",
+    "SharedQuotas",
+    "create_shared_quotas",
+]
+
+GiveRoom: TypeAlias = Callable[[bytes, int, Callable[[], bool]], None]
+"""Drops tensors of an owner, by its key, until there is room for that many bytes, or until they are wanted no more."""
 
 OWNER_BYTES: Final = 16
 """Size of the key of an owner."""
@@ -28,12 +38,16 @@ OWNER_BYTES: Final = 16
 _SLOTS_COUNT: Final = 1024
 """How many owners may have residents in one process: more than its sessions, and calls of ended sessions."""
 
+_OPEN_REQUESTS_COUNT: Final = 256
+"""How many requests for room one process may have open at others: one of each call that waits, or a few."""
+
 _ROW: Final = np.dtype(
     [
         # the two halves of each owner's key: to look for one half in memory without gaps is fast
         ("owners", "<u8", (OWNER_BYTES // 8, _SLOTS_COUNT)),
         ("used_bytes", "<i8", _SLOTS_COUNT),
         ("answered", "<u8", MAX_WORKERS_COUNT),
+        ("open_requests", "<u8", _OPEN_REQUESTS_COUNT),  # their numbers, 0 where there is none
     ]
 )
 
@@ -99,6 +113,23 @@ class SharedQuotas:
                 used_bytes[number] += int(self._rows["used_bytes"][number, slot])
         return used_bytes
 
+    def open_request(self, number: int) -> bool:
+        """Tell the others that this process wants what its request of that number asks for. Return whether it could."""
+        requests = self._rows[self.number]["open_requests"]
+        free = np.flatnonzero(requests == 0)
+        if free.size:
+            requests[free[0]] = number
+        return bool(free.size)
+
+    def close_request(self, number: int) -> None:
+        """Tell the others that this process wants no more of what an open request asks for."""
+        requests = self._rows[self.number]["open_requests"]
+        requests[requests == number] = 0
+
+    def is_open(self, asker: int, number: int) -> bool:
+        """Return whether a process still wants what its request of that number asks for."""
+        return number in self._rows[asker]["open_requests"]
+
     def answer(self, asker: int, number: int) -> None:
         """Tell a process that its request of that number, and all before it, have been served here."""
         self._rows[self.number]["answered"][asker] = number
@@ -117,7 +148,7 @@ class QuotaSharing:
             key, the bytes that are needed, a function that returns whether there is room, and one that raises once the
             call has ended that needs it.
         start_serving: Called with the function that makes room here for the others, once there is one. That takes an
-            owner's key, and the bytes that are needed.
+            owner's key, the bytes that are needed, and a function that returns whether they still are.
     """
 
     def __init__(self) -> None:
@@ -125,7 +156,7 @@ class QuotaSharing:
         self.request_room: Callable[[bytes, int, Callable[[], bool], Callable[[], None]], bool] = (
             lambda *_: False
         )
-        self.start_serving: Callable[[Callable[[bytes, int], None]], None] = lambda _: None
+        self.start_serving: Callable[[GiveRoom], None] = lambda _: None
 
 
 QUOTA_SHARING: Final = QuotaSharing()

@@ -6,22 +6,31 @@ That process takes a second or more, so what the system's files tell is asked fi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import selectors
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from deconvd.errors import InvalidArgumentError
 from deconvd_server.device.faults import DeviceUnavailableError
 from deconvd_server.device.opening import check_device_name, device_ids
+from deconvd_server.exit_reasons import ExitReasons, StoppedError
 
 __all__ = ["devices_of", "may_be_several"]
 
 _TIMEOUT_S: Final = 120.0
 """Longer than the first use of a GPU takes."""
+
+_KILLED_S: Final = 1.0
+"""How long a killed process may take to end. One that waits for a driver that hangs may not end at all."""
+
+_ANSWER_BYTES: Final = 1 << 16
 
 _ROOT: Final = Path("/")
 
@@ -32,6 +41,8 @@ _NVIDIA: Final = "0x10de"
 
 _DISPLAY: Final = "0x03"
 """What the class of a PCI device begins with that can be a GPU. Those for sound or USB on a card have other classes."""
+
+_log = logging.getLogger(__name__)
 
 _ERRORS: Final = {error.__name__: error for error in (InvalidArgumentError, DeviceUnavailableError)}
 
@@ -85,10 +96,14 @@ def _read(file: Path) -> str:
         return ""
 
 
-def devices_of(name: str) -> list[str]:
+def devices_of(name: str, reasons: ExitReasons | None = None) -> list[str]:
     """Return the ids of the devices that ``--device`` names, as `open_devices` would open them.
 
+    Args:
+        reasons: Has the signals, which are heeded meanwhile; None if the caller does that.
+
     Raises:
+        StoppedError: There is a reason to end.
         InvalidArgumentError: The name is malformed, or names a card that the host does not have.
         DeviceUnavailableError: The driver sees no card, and the name wants one; or nobody can tell.
     """
@@ -97,19 +112,57 @@ def devices_of(name: str) -> list[str]:
         return [name]
     command = [sys.executable, "-P", "-m", __name__, name]
     try:
-        asked = subprocess.run(  # noqa: S603 - our own command
-            command,
-            stdout=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S,
-            check=True,
-        )
-        ids, kind, text = json.loads(asked.stdout)
+        ids, kind, text = json.loads(_output_of(command, reasons))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise DeviceUnavailableError(f"the cards cannot be counted: {error}") from None
     if kind:
         raise _ERRORS[kind](text)
     return list(ids)
+
+
+def _output_of(command: Sequence[str], reasons: ExitReasons | None) -> bytes:
+    """Run a command of our own, and return what it has written to its standard output, unless a reason to end comes."""
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    process = subprocess.Popen(  # noqa: S603 - our own command
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for this process, which kills it
+    )
+    assert process.stdout is not None
+    output = b""
+    try:
+        with process.stdout as pipe, selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            if reasons is not None:
+                selector.register(reasons, selectors.EVENT_READ)
+            while True:
+                ready = [key.fileobj for key, _ in selector.select(deadline_s - time.monotonic())]
+                if reasons in ready and (reason := reasons.take(0)) is not None:
+                    raise StoppedError(reason)
+                if not ready:
+                    raise subprocess.TimeoutExpired(command, _TIMEOUT_S)
+                if pipe in ready:
+                    part = os.read(pipe.fileno(), _ANSWER_BYTES)
+                    if not part:
+                        break
+                    output += part
+        code = process.wait(_TIMEOUT_S)  # not long: its output ends with it
+    finally:
+        _kill(process)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    return output
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    try:
+        process.wait(_KILLED_S)
+    except subprocess.TimeoutExpired:
+        _log.error(
+            "process %d, which counts the cards, does not end when it is killed", process.pid
+        )
 
 
 def _main() -> None:

@@ -6,11 +6,11 @@
 | worker | A, its threads that all calls need run | its entry in the table, as of now |
 | worker | L, what its direct connections are | a `ConnectionLoad`, as two numbers of 8 bytes |
 | worker | H, a client needs a home | anything that tells the request from others |
-| worker | Q, a tenant's quota needs room | what the others need to know of it |
+| worker | Q, a tenant's quota needs room | the byte of the worker that is asked, and what that one needs to know |
 | worker | S, it is about to end | |
 | supervisor | T, the table of all workers | a `GetServerInfoResponse` with `workers` alone |
 | supervisor | H, the home of a client | what the request had, and the name of a worker, which may be empty |
-| supervisor | Q, another worker needs room in a tenant's quota | what that one has said |
+| supervisor | Q, another worker needs room in a tenant's quota | what that one has said, without the byte |
 | supervisor | D, drain; C, cancel the calls that the drain waits for | |
 
 The end of a link is the end of the process at its other end.
@@ -147,7 +147,7 @@ class LinkNotifier:
         self._send(Packet.HOME, number)
 
     def request_room(self, request: bytes) -> None:
-        """Ask all other workers for room in a tenant's quota. Any thread may do so."""
+        """Ask another worker, whose byte comes first, for room in a tenant's quota. Any thread may do so."""
         self._send(Packet.ROOM, request)
 
     def tell_load(self) -> None:

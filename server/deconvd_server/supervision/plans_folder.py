@@ -8,8 +8,10 @@ kernel ends the lock with the last of them.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +24,7 @@ __all__ = ["PlansFolder", "temporary_plans_folder"]
 
 _PREFIX: Final = "deconvd-workers-"
 
-_MARK: Final = "temporary"
-"""A file in each such folder. Another folder that happens to have such a name is never removed."""
+_RANDOM_BYTES: Final = 8
 
 _MOST_TRIES_COUNT: Final = 8
 """How often a folder is made. Another supervisor that starts may remove one before it is locked."""
@@ -73,12 +74,26 @@ def temporary_plans_folder() -> Iterator[PlansFolder | None]:
 
 def _make() -> PlansFolder:
     for _ in range(_MOST_TRIES_COUNT):
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        path = Path(tempfile.gettempdir(), _marked_name(secrets.token_hex(_RANDOM_BYTES)))
+        path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             if (descriptor := _lock(path)) is not None:
-                (path / _MARK).touch()
                 return PlansFolder(path, descriptor)
     raise OSError("others remove it at once")
+
+
+def _marked_name(random: str) -> str:
+    """Return the name of a folder, which nobody else gives to one by chance: with a digest of its random part.
+
+    So it is known as ours as soon as it is there. A mark in the folder would come after it, and a supervisor may be
+    killed in between.
+    """
+    digest = hashlib.sha256(f"{_PREFIX}{random}".encode()).hexdigest()
+    return f"{_PREFIX}{random}-{digest[: 2 * _RANDOM_BYTES]}"
+
+
+def _is_marked(name: str) -> bool:
+    return name == _marked_name(name.removeprefix(_PREFIX).partition("-")[0])
 
 
 def _remove_abandoned(parent: Path) -> None:
@@ -88,7 +103,7 @@ def _remove_abandoned(parent: Path) -> None:
     except OSError as error:  # others may make folders there, and not look at them
         _log.debug("folders of plans in %s are left: %s", parent, error)
         return
-    for path in (parent / name for name in names if name.startswith(_PREFIX)):
+    for path in (parent / name for name in names if _is_marked(name)):
         try:
             _remove_if_abandoned(path)
         except OSError as error:  # somebody else's, or another supervisor removes it now
@@ -96,13 +111,12 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _remove_if_abandoned(path: Path) -> None:
-    descriptor = _lock(path)  # first: nobody may look into the folder of another user
+    descriptor = _lock(path)
     if descriptor is None:
         return
     try:
-        if (path / _MARK).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-            _log.info("%s, of a server that was killed, is removed", path)
+        shutil.rmtree(path, ignore_errors=True)
+        _log.info("%s, of a server that was killed, is removed", path)
     finally:
         os.close(descriptor)
 

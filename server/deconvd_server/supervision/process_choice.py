@@ -13,6 +13,7 @@ from typing import Any
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.machine import memory_bytes
 from deconvd_server.device.faults import DeviceUnavailableError
+from deconvd_server.exit_reasons import ExitReasons
 from deconvd_server.resources.budgets import Budgets
 from deconvd_server.supervision.devices import devices_of, may_be_several
 from deconvd_server.supervision.layout import (
@@ -38,36 +39,40 @@ class ProcessChoice:
     reason: str = ""
 
 
-def choose_processes(options: Mapping[str, Any]) -> ProcessChoice:
+def choose_processes(
+    options: Mapping[str, Any], reasons: ExitReasons | None = None
+) -> ProcessChoice:
     """Return which processes serve.
 
     Args:
         options: The values of all options of the command, by the names of the parameters. ``processes`` is None where
             none was given.
+        reasons: Has the signals, which are heeded meanwhile; None if the caller does that.
 
     Raises:
+        StoppedError: As `devices_of`.
         InvalidArgumentError: An option is not possible with so many processes, or names a card that is not there.
         DeviceUnavailableError: As `devices_of`.
     """
     count = options["processes"]
     if count is None:
-        return _choose_by_cards(options)
+        return _choose_by_cards(options, reasons)
     if count == 0:
         return ProcessChoice()
-    places = worker_places(count, devices_of(options["device"]))
+    places = worker_places(count, devices_of(options["device"], reasons))
     if len(places) == 1:
         return ProcessChoice()
     check_layout(options, len(places))
     return ProcessChoice(places)
 
 
-def _choose_by_cards(options: Mapping[str, Any]) -> ProcessChoice:
+def _choose_by_cards(options: Mapping[str, Any], reasons: ExitReasons | None) -> ProcessChoice:
     if not may_be_several(options["device"]):
         return ProcessChoice()
     if reason := _reason_before_counting(options):
         return ProcessChoice(reason=reason)
     try:
-        devices = devices_of(options["device"])
+        devices = devices_of(options["device"], reasons)
     except DeviceUnavailableError as error:
         # one process says so as well, or finds cards that nobody could count
         return ProcessChoice(reason=str(error))

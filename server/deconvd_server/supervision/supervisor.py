@@ -141,13 +141,11 @@ class Supervisor:
     def _pass_room_requests_on(self) -> None:
         for worker in self._workers:
             for request in worker.room_requests:
-                for other in self._workers:
-                    if other is not worker:
-                        other.pass_on(request)
+                self._workers[request[0]].pass_on(request[1:])
             worker.room_requests.clear()
 
     def _wait(self) -> str | None:
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # which needs no descriptor: none may be left
             selector.register(self._reasons, selectors.EVENT_READ)
             for worker in self._workers:
                 if worker.link is not None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import Enum
 from typing import Any, Final
 
@@ -178,8 +178,35 @@ class Worker:
         return True
 
     def _start(self) -> None:
-        link, link_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        metrics, metrics_end = socket.socketpair() if self._has_metrics else (None, None)
+        with ExitStack() as its_ends, ExitStack() as own_ends:
+            try:
+                link, link_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                own_ends.enter_context(link)
+                its_ends.enter_context(link_end)
+                metrics = metrics_end = None
+                if self._has_metrics:
+                    metrics, metrics_end = socket.socketpair()
+                    own_ends.enter_context(metrics)
+                    its_ends.enter_context(metrics_end)
+                self._process = self._start_process(link_end, metrics_end)
+            except OSError as error:  # there is too little of something, which may pass
+                _log.error("%s cannot be started: %s", self, error)
+                self._wait_for_next()
+                return
+            own_ends.pop_all()
+        link.setblocking(False)
+        self.link = link
+        self.metrics = None if metrics is None else MetricsChannel(metrics)
+        self.state = WorkerState.STARTING
+        self.restarts_count += 1
+        self._has_process_served = False
+        self._alive_s = self._started_s = time.monotonic()
+        _log.info("%s: process %d starts", self, self._process.pid)
+
+    def _start_process(
+        self, link_end: socket.socket, metrics_end: socket.socket | None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process, which has its ends of the link and of the channel for metrics."""
         orders = WorkerOrders(
             name=self.place.name,
             link=link_end.fileno(),
@@ -190,43 +217,23 @@ class Worker:
             watchdog_s=self._watchdog_s,
             options=self._options,
         )
-        ends = [end for end in (link_end, metrics_end) if end is not None]
-        inherited = [end.fileno() for end in ends]
+        inherited = [end.fileno() for end in (link_end, metrics_end) if end is not None]
         if self._plans is not None:
             inherited.append(self._plans.descriptor)
         if self._quotas is not None:
             inherited.append(self._quotas)
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, *sys.orig_argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the supervisor alone prints where to call
-                env={
-                    **os.environ,
-                    PARTS_VARIABLE: str(self._workers_count),
-                    **orders.to_environment(),
-                },
-                pass_fds=inherited,
-                process_group=0,  # Ctrl-C is for the supervisor
-            )
-        except OSError as error:
-            _log.error("%s cannot be started: %s", self, error)
-            link.close()
-            if metrics is not None:
-                metrics.close()
-            self._wait_for_next()
-            return
-        finally:
-            for end in ends:
-                end.close()
-        link.setblocking(False)
-        self.link = link
-        self.metrics = None if metrics is None else MetricsChannel(metrics)
-        self.state = WorkerState.STARTING
-        self.restarts_count += 1
-        self._has_process_served = False
-        self._alive_s = self._started_s = time.monotonic()
-        _log.info("%s: process %d starts", self, self._process.pid)
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, *sys.orig_argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the supervisor alone prints where to call
+            env={
+                **os.environ,
+                PARTS_VARIABLE: str(self._workers_count),
+                **orders.to_environment(),
+            },
+            pass_fds=inherited,
+            process_group=0,  # Ctrl-C is for the supervisor
+        )
 
     def take_packets(self) -> bool:
         """Read what it says. Return whether its entry in the table has changed."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from deconvd.errors import ExhaustedError
 
@@ -15,6 +15,14 @@ __all__ = ["BlockLayout", "BlockRegion", "DeviceMemory", "Lease", "MemoryStats"]
 
 ALIGNMENT_BYTES = 256
 """The address of every operand, result and workspace in a block is a multiple of this."""
+
+
+_POLL_INTERVAL_S: Final = 0.02
+"""How often a call that waits for a search's memory looks whether it is still wanted."""
+
+
+def _do_nothing() -> None:
+    pass
 
 
 class _User(Enum):
@@ -119,13 +127,16 @@ class DeviceMemory:
         self._leased_count = 0
         self._refused_count = 0
 
-    def lease(self, size_bytes: int) -> Lease:
+    def lease(self, size_bytes: int, check: Callable[[], None] = _do_nothing) -> Lease:
         """Lease a block to a call. If the limit allows it only without a search's block, wait for the end of that.
+
+        Args:
+            check: Raises once the call is wanted no more. Asked while it waits.
 
         Raises:
             ExhaustedError: The limit does not allow it now, or the card has no memory for it.
         """
-        return self._lease_block(size_bytes, self._allocate, _User.CALL)
+        return self._lease_block(size_bytes, self._allocate, _User.CALL, check)
 
     def lease_for_search(self, size_bytes: int) -> Lease:
         """Lease a block to a search for a plan, which has it for milliseconds.
@@ -158,9 +169,13 @@ class DeviceMemory:
             )
 
     def _lease_block(
-        self, size_bytes: int, allocate: Callable[[int], _MemoryBlock], user: _User
+        self,
+        size_bytes: int,
+        allocate: Callable[[int], _MemoryBlock],
+        user: _User,
+        check: Callable[[], None] = _do_nothing,
     ) -> Lease:
-        self._reserve(size_bytes, user)
+        self._reserve(size_bytes, user, check)
         try:
             return Lease(allocate(size_bytes), partial(self._unreserve, size_bytes, user))
         except MemoryError as error:
@@ -172,12 +187,12 @@ class DeviceMemory:
             self._unreserve(size_bytes, user)
             raise
 
-    def _reserve(self, size_bytes: int, user: _User) -> None:
+    def _reserve(self, size_bytes: int, user: _User, check: Callable[[], None]) -> None:
         with self._lock:
             if user is _User.SEARCH:
                 self._wait_for_others(size_bytes)
             elif size_bytes > self._free_bytes:
-                self._wait_for_searches(size_bytes)
+                self._wait_for_searches(size_bytes, check)
             if size_bytes > self._free_bytes:
                 self._refused_count += 1
                 raise ExhaustedError(
@@ -193,14 +208,17 @@ class DeviceMemory:
         while self._waiting_count and size_bytes <= self._free_bytes:
             self._changed.wait()
 
-    def _wait_for_searches(self, size_bytes: int) -> None:
+    def _wait_for_searches(self, size_bytes: int, check: Callable[[], None]) -> None:
         """Wait for the ends of searches, as far as they make room."""
         self._waiting_count += 1
-        while self._free_bytes < size_bytes <= self._free_bytes + self._searched_bytes:
-            self._changed.wait()
-        self._waiting_count -= 1
-        if not self._waiting_count:
-            self._changed.notify_all()
+        try:
+            while self._free_bytes < size_bytes <= self._free_bytes + self._searched_bytes:
+                self._changed.wait(_POLL_INTERVAL_S)
+                check()
+        finally:
+            self._waiting_count -= 1
+            if not self._waiting_count:
+                self._changed.notify_all()
 
     def _unreserve(self, size_bytes: int, user: _User) -> None:
         with self._lock:

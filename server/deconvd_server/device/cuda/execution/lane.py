@@ -294,7 +294,7 @@ class Lane:
     ) -> None:
         """Run a large call, stage after stage, through the staging buffers where the card does not reach an array."""
         layout = kind.layout
-        with self._memory.lease(layout.total_bytes) as base:
+        with self._memory.lease(layout.total_bytes, call.check) as base:
             try:
                 self._timer.begin()
                 for region, operand in _copied_regions(layout.operands, operands):

@@ -188,7 +188,7 @@ class Pipeline:
         overlapped: OverlappedOperands,
     ) -> None:
         """Have a call enqueued, given the address of a block for the kind's layout, and wait for it."""
-        with self._memory.lease(kind.layout.total_bytes) as base:
+        with self._memory.lease(kind.layout.total_bytes, call.check) as base:
             call.check()
             try:
                 enqueue(base)
