@@ -16,6 +16,7 @@ __all__ = [
     "array_from_message",
     "array_of_expected_spec",
     "array_of_spec",
+    "check_described",
     "element_type_from_number",
     "element_type_number",
     "elements_of",
@@ -118,10 +119,15 @@ def array_of_expected_spec(
     name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None
 ) -> Array:
     """Return the tensor in a message that must have a spec. See `array_from_message`."""
+    check_described(name, spec, message)
+    return array_of_spec(name, spec, message, raw)
+
+
+def check_described(name: str, spec: TensorSpec, message: pb.Tensor) -> None:
+    """Raise InvalidArgumentError unless a message describes a tensor of a spec."""
     described = spec_from_message(name, message)
     if described != spec:
         raise InvalidArgumentError(f"{name} must be {spec}, got {described}", argument=name)
-    return array_of_spec(name, spec, message, raw)
 
 
 def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:
