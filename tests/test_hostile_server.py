@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,11 +23,13 @@ from deconvd.direct.events import (
     pack_frame,
 )
 from deconvd.errors import InternalError, InvalidArgumentError
+from deconvd.lending.protocol import LendingReply, ReplyStatus
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import chunk_to_bytes
 from deconvd.wire.status import status_from_error
 from deconvd.wire.tensor import message_from_array
 from deconvd_client import Connection
+from deconvd_client.shared_memory.link import Link
 from deconvd_client.transports.side_sockets import (
     find_memory_socket,
     instance_of,
@@ -249,6 +253,23 @@ def test_a_lease_must_leave_time_for_heartbeats(hostile: HostileServer, lease_s:
         call(hostile, put, HoldSession=response)
 
     assert hostile.counts["heartbeats"] == 0
+
+
+def test_a_descriptor_that_nobody_asked_for_is_closed(socket_directory: Path) -> None:
+    path = str(socket_directory / "memory")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        link = Link(path)
+        end, _ = listener.accept()
+        with end, Path("/dev/null").open("rb") as file:
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(10):
+                socket.send_fds(end, [LendingReply(ReplyStatus.DONE).pack()], [file.fileno()])
+                link.give_back(bytes(16))
+
+            assert len(os.listdir("/proc/self/fd")) == before
+        link.close()
 
 
 @pytest.mark.parametrize("path", ["/a\0b", "/" + "x" * 300, "", "/nowhere"])
