@@ -8,7 +8,7 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
-from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.model.problem import MAX_DIMENSIONS, TensorSpec, check_extents, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Buffer
 
@@ -30,9 +30,6 @@ _NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
     dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
 }
 _DTYPE_BY_NUMBER: dict[int, DType] = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
-
-_MAX_DIMENSIONS = 8
-"""More dimensions than any operand has. A message with more is rejected before its shape is read."""
 
 
 def element_type_number(dtype: DType) -> pb.ElementType.ValueType:
@@ -79,9 +76,9 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
     Raises:
         InvalidArgumentError: The element type is unknown, or no array can have the shape.
     """
-    if len(message.shape) > _MAX_DIMENSIONS:
+    if len(message.shape) > MAX_DIMENSIONS:  # before the shape is read
         raise InvalidArgumentError(
-            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
+            f"{name} must have at most {MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
             argument=name,
         )
     return _spec(name, message.element_type, tuple(message.shape))
