@@ -391,3 +391,26 @@ def test_the_server_names_an_option_that_cannot_be_meant(option: list[str]) -> N
     assert outcome.returncode in (1, 2)
     assert option[0] in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_a_tenant_key_that_cannot_be_encoded_is_in_no_part_of_the_error() -> None:
+    with pytest.raises(InvalidArgumentError, match="a str that UTF-8 cannot encode") as raised:
+        deconvd_client.connect("127.0.0.1:1", tenant_key="\ud800secret")
+
+    assert raised.value.argument == "tenant_key"
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"/nowhere"
+
+
+def test_paths_of_bytes_are_refused_by_name() -> None:
+    path: Any = BytesPath()
+
+    with pytest.raises(InvalidArgumentError, match="token must be a file"):
+        deconvd_client.connect("127.0.0.1:1", token=path)
+    with pytest.raises(InvalidArgumentError, match="tls must have the path of a file as ca"):
+        deconvd_client.Tls(ca=path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -213,3 +214,20 @@ def test_the_arguments_of_a_geometry_make_the_same_geometry() -> None:
     geometry = Geometry((2, 3), (1, 0), (None, 7), (4, 5), groups=6)
 
     assert Geometry.from_arguments(**geometry.arguments) == geometry
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, {1: 0, 2: 0}, b"\1\2", itertools.count(1), range(1, 10**12), [1] * 100_000],
+    ids=["set", "dict", "bytes", "endless", "long", "longer"],
+)
+def test_a_pair_has_two_values_in_order(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="stride must be an int or a pair") as raised:
+        Geometry.from_arguments(stride=value)
+
+    assert len(str(raised.value)) < 300
+
+
+def test_a_value_that_cannot_be_shown_is_called_by_its_type() -> None:
+    with pytest.raises(InvalidArgumentError, match="pair of ints, got a value of type list"):
+        Geometry.from_arguments(stride=cast("Any", [10**5000] * 3))

@@ -78,3 +78,11 @@ def test_a_keyword_of_another_library_suggests_ours() -> None:
     shape: Any = output_shape
     with pytest.raises(TypeError, match="did you mean 'pad' for 'padding'"):
         shape((1, 4, 5, 5), (4, 1, 3, 3), padding=1)
+
+
+@pytest.mark.parametrize("size", [10**100, 10**5000], ids=["long", "too long to be shown"])
+def test_a_size_of_any_length_is_refused(size: int) -> None:
+    with pytest.raises(InvalidArgumentError, match="x_shape must be four ints") as raised:
+        output_shape((1, 2, size, 3), (2, 3, 3, 3))
+
+    assert len(str(raised.value)) < 300

@@ -440,3 +440,22 @@ def test_striped_calls_that_are_cancelled_at_any_time_harm_no_other(
         concurrent.futures.wait(futures, SOON_S)
     assert any(isinstance(head, StripedCallHead) for head in heads)
     wait_until(lambda: load(G) == (0, 0, 0))
+
+
+def test_many_calls_at_once_take_no_more_threads_than_a_few(server: ServerProcess) -> None:
+    code = """
+import os, sys, time, deconvd_client
+F = deconvd_client.connect(sys.argv[1], max_concurrent_calls=2)
+before = len(os.listdir("/proc/self/task"))
+futures = [F.submit(time.sleep, 0.001) for _ in range(1000)]
+threads_count = len(os.listdir("/proc/self/task")) - before
+for future in futures:
+    future.result()
+print(threads_count)
+"""
+    command = [sys.executable, "-c", code, server.target]
+
+    counted = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+
+    # two for the calls, one that watches the others, and some that begin while others end
+    assert int(counted.stdout) < 20

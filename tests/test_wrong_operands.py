@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -65,6 +66,71 @@ def test_other_subclasses_of_arrays_are_taken_as_they_are(F: Connection, tmp_pat
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
 
     np.testing.assert_array_equal(F.deconvolution_2d(mapped, W), F.deconvolution_2d(X, W))
+
+
+class Strict(np.ndarray[Any, np.dtype[Any]]):
+    """A subclass with methods of its own, as those for physical units have."""
+
+    def reshape(self, *_: object, **__: object) -> Any:
+        raise TypeError("reshape is not allowed")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_subclass_has_no_say_in_what_is_done_with_its_elements(F: Connection, way: str) -> None:
+    operands = {"x": X, "W": W, "b": B, "gy": GY}
+
+    WAYS[way](F, {name: array.view(Strict) for name, array in operands.items()})
+
+    np.testing.assert_array_equal(F.put(X.view(Strict)).numpy(), X)
+
+
+@pytest.mark.skipif(
+    not hasattr(np.dtypes, "StringDType"), reason="this numpy has no strings of any length"
+)
+def test_text_of_any_length_is_refused_as_other_types_are(F: Connection) -> None:
+    text: Any = np.array(["a"], dtype="T")
+
+    for refused in (
+        lambda: F.deconvolution_2d(text, W),
+        lambda: F.put(text),
+        lambda: F.empty(3, "T"),
+    ):
+        with pytest.raises(InvalidArgumentError, match="must have one of the element types"):
+            refused()
+
+
+def test_an_array_of_too_many_dimensions_is_refused_here(F: Connection) -> None:
+    with pytest.raises(InvalidArgumentError, match="array must have at most 8 dimensions, got 9"):
+        F.put(np.ones((1,) * 9, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1,) * 9, "shape must have at most 8 dimensions, got 9"),
+        ((1,) * 100, r"shape must be an int or a sequence of ints, got \(1, 1"),
+        (itertools.count(), "shape must be an int or a sequence of ints, got count"),
+        ({2, 3}, "shape must be an int or a sequence of ints, got {2, 3}"),
+        (b"ab", "shape must be an int or a sequence of ints, got b'ab'"),
+        (-1, "shape: each dimension must be from 0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "dns:///nowhere.invalid:50051"])
+def test_empty_refuses_what_is_no_shape(target: str, shape: Any, message: str) -> None:
+    with (
+        deconvd_client.connect(target, transport="grpc") as F,
+        pytest.raises(InvalidArgumentError, match=message),
+    ):
+        F.empty(shape, np.float32)
+
+
+def test_empty_refuses_types_also_while_no_server_is_known() -> None:
+    with (
+        deconvd_client.connect("dns:///nowhere.invalid:50051") as F,
+        pytest.raises(InvalidArgumentError, match="dtype must have one of the element types"),
+    ):
+        F.empty(3, np.int64)
 
 
 def test_a_pil_image_is_called_one_and_told_what_to_do(F: Connection) -> None:

@@ -59,6 +59,9 @@ class CallBuilder:
     def parse_operand(self, name: str, value: object) -> tuple[Operand, TensorSpec]:
         """Return an argument as an operand of a call, an array or a resident, and its shape and element type."""
         if isinstance(value, np.ndarray) and not isinstance(value, _MaskedArray):
+            if type(value) is not np.ndarray:
+                # a view without the methods of the subclass: a numpy.matrix, say, cannot be flattened to be sent
+                value = np.asarray(value)
             return value, spec_of(value)
         if isinstance(value, RemoteTensor):
             value = value.resident_for(self._residents, name)

@@ -13,6 +13,7 @@ import numpy as np
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.system import MAX_TIMEOUT_S
 from deconvd.model.dtypes import BFLOAT16
+from deconvd.model.geometry import parse_sizes, shorten
 from deconvd_client.transports.grpc.channel import MAX_MESSAGE_BYTES
 from deconvd_client.transports.route import TransportName
 from deconvd_client.transports.targets import parse_targets, proxy_of
@@ -147,10 +148,14 @@ def parse_tenant_key(key: object) -> bytes:
     name = "tenant_key"
     if key is None:
         name, key = TENANT_KEY_VARIABLE, os.fsencode(os.environ.get(TENANT_KEY_VARIABLE, ""))
-    secret = key.encode(errors="surrogateescape") if isinstance(key, str) else key
-    if isinstance(secret, bytes) and len(secret) <= _MAX_KEY_BYTES:
-        return bytes(secret)
-    given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
+    try:
+        secret = key.encode(errors="surrogateescape") if isinstance(key, str) else key
+    except UnicodeEncodeError:  # which has the key in an attribute
+        given = "a str that UTF-8 cannot encode"
+    else:
+        if isinstance(secret, bytes) and len(secret) <= _MAX_KEY_BYTES:
+            return bytes(secret)
+        given = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(key).__name__
     raise InvalidArgumentError(
         f"{name} must be a str or bytes of at most {_MAX_KEY_BYTES} bytes, got {given}",
         argument="tenant_key",
@@ -164,21 +169,23 @@ def parse_shape(shape: object) -> tuple[int, ...]:
         InvalidArgumentError: It is neither an integer nor a sequence of integers, or a size is too large.
     """
     try:
-        sizes = (operator.index(shape),)  # type: ignore[arg-type]  # this is the check
+        size = operator.index(shape)  # type: ignore[arg-type]  # this is the check
     except TypeError:
-        try:
-            sizes = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # this is the check
-        except TypeError:
+        given = parse_sizes(shape)
+        if given is None:
             raise InvalidArgumentError(
-                f"shape must be an int or a sequence of ints, got {shape!r}", argument="shape"
+                f"shape must be an int or a sequence of ints, got {shorten(shape)}",
+                argument="shape",
             ) from None
-    bits = max((size.bit_length() for size in sizes), default=0)
+    else:
+        given = (size,)
+    bits = max((size.bit_length() for size in given), default=0)
     if bits > _MAX_SIZE_BITS:  # too long to be shown, perhaps
         raise InvalidArgumentError(
             f"each size in shape must be less than 2**{_MAX_SIZE_BITS}, got one of {bits} bits",
             argument="shape",
         )
-    return sizes
+    return given
 
 
 def parse_dtype(dtype: object) -> np.dtype[Any]:
@@ -187,7 +194,8 @@ def parse_dtype(dtype: object) -> np.dtype[Any]:
         made: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # this is the check
     except (TypeError, ValueError, SyntaxError):
         raise InvalidArgumentError(
-            f"dtype must be a numpy.dtype or the name of one, got {dtype!r}", argument="dtype"
+            f"dtype must be a numpy.dtype or the name of one, got {shorten(dtype)}",
+            argument="dtype",
         ) from None
     return made
 

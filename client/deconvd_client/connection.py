@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.malloc import raise_mmap_threshold
 from deconvd.model.dtypes import Array, element_type
-from deconvd.model.problem import check_extents, spec_of
+from deconvd.model.problem import TensorSpec, check_extents, spec_of
 from deconvd_client.arguments import TensorLike
 from deconvd_client.calls.call_pool import CallPool
 from deconvd_client.calls.ledgers import CallLedger
@@ -146,7 +145,7 @@ class Connection(Operations):
         that reference is a copy on the host.
 
         Args:
-            array: An array of float16, bfloat16, float32 or float64, of any shape, and of any kind that
+            array: An array of float16, bfloat16, float32 or float64, of up to 8 dimensions, and of any kind that
                 `deconvolution_2d` takes. A float is one, too: a float64 without dimensions. Or a RemoteTensor:
                 then the result is another RemoteTensor for the same value, and the server keeps the value until
                 both are closed. The elements of another connection's RemoteTensor are fetched and sent.
@@ -166,8 +165,7 @@ class Connection(Operations):
         spec = spec_of(elements)
         element_type("array", spec.dtype)
         check_extents("array", spec)
-        # asarray makes a plain array of a numpy.matrix, which could not be flattened to be sent
-        return RemoteTensor(residents, residents.put(np.asarray(elements)))
+        return RemoteTensor(residents, residents.put(elements))
 
     @property
     def remote(self) -> Remote:
@@ -188,7 +186,9 @@ class Connection(Operations):
         Raises:
             InvalidArgumentError: No operand can have this shape or this element type (a ValueError).
         """
-        return self._server.empty(parse_shape(shape), parse_dtype(dtype))
+        spec = TensorSpec(parse_shape(shape), element_type("dtype", parse_dtype(dtype)))
+        check_extents("shape", spec)
+        return self._server.empty(spec.shape, spec.dtype)
 
     def submit(
         self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs

@@ -96,12 +96,12 @@ def _token_source(token: object, name: str) -> Callable[[], str]:
             f"token must be a str, or a pathlib.Path of a file, got {type(token).__name__}",
             argument="token",
         )
-    path = Path(token)
     try:
+        path = Path(token)
         return WatchedFiles([path], lambda: _read_token(path, name)).current
     except InvalidArgumentError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # a path of bytes is a TypeError
         raise InvalidArgumentError(
             f"{name} must be a file that can be read: {error}", argument="token"
         ) from None

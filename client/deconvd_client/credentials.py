@@ -43,7 +43,7 @@ class Tls:
     def __post_init__(self) -> None:
         for name in ("ca", "cert", "key"):
             path = getattr(self, name)
-            if path is not None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
+            if path is not None and not _is_path(path):
                 raise _error(f"must have the path of a file as {name}, got {path!r}")
         host = self.server_name
         if host is not None and not (isinstance(host, str) and host and host.isascii()):
@@ -176,6 +176,11 @@ def _load(tls: Tls) -> ClientTlsState:
         ders = context.get_ca_certs(binary_form=True)
         ca = "".join(map(ssl.DER_cert_to_PEM_cert, ders)).encode() or None
     return ClientTlsState(context, ca, cert, key)
+
+
+def _is_path(path: object) -> bool:
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    return isinstance(text, str) and bool(text)
 
 
 def _error(allowed: str) -> InvalidArgumentError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Final, SupportsIndex
 
 import numpy as np
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.model.geometry import Geometry, IntOrPair
+from deconvd.model.geometry import Geometry, IntOrPair, parse_sizes, shorten
 from deconvd.model.problem import TensorSpec, problem_of
 from deconvd_client.keywords import reject_unknown_keywords
 
@@ -17,6 +16,9 @@ __all__ = ["output_shape"]
 
 _ANY_TYPE: Final = np.dtype(np.float16)
 """The narrowest element type: sizes in bytes are limited, too."""
+
+_MAX_SIZE_BITS: Final = 63
+"""Larger sizes are too long to be shown, perhaps."""
 
 
 @reject_unknown_keywords
@@ -49,12 +51,13 @@ def output_shape(
 
 
 def _parse_four(name: str, shape: object, form: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(map(operator.index, shape))  # type: ignore[call-overload]  # this is the check
-    except TypeError:
-        sizes = ()
-    if len(sizes) != 4:
+    sizes = parse_sizes(shape)
+    if (
+        sizes is None
+        or len(sizes) != 4
+        or any(size.bit_length() > _MAX_SIZE_BITS for size in sizes)
+    ):
         raise InvalidArgumentError(
-            f"{name} must be four ints, {form}, got {shape!r}", argument=name
+            f"{name} must be four ints, {form}, got {shorten(shape)}", argument=name
         )
     return sizes

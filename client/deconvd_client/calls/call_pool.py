@@ -116,6 +116,8 @@ class CallPool:
         self._queue: deque[_CallFuture[Any]] = deque()
         self._running: set[_CallFuture[Any]] = set()
         self._is_watched = False
+        # Those that were started and have not ended, or fewer: an interrupt may come between the start and the count.
+        self._threads_count = 0
 
     def submit(
         self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
@@ -130,8 +132,13 @@ class CallPool:
                     raise CallCancelledError(_CLOSED)
                 self._queue.append(future)
                 needs_thread = not self._is_watched or len(self._running) < self._limit
+                # each of them looks at the queue before it ends, so there need not be more: one for each call that may
+                # run, and one to watch
+                needs_thread &= self._threads_count <= self._limit
             if needs_thread:
                 run_in_background(self._serve)
+                with self._lock:
+                    self._threads_count += 1
         except BaseException:  # an interrupt, or no thread could be started
             future.cancel()
             raise
@@ -155,6 +162,7 @@ class CallPool:
         while True:
             with self._lock:
                 if not self._queue:
+                    self._threads_count -= 1
                     return
                 is_full = len(self._running) >= self._limit
                 if not is_full:
@@ -173,6 +181,7 @@ class CallPool:
         """End calls that have waited for too long. It ends once no call waits."""
         with self._lock:
             if self._is_watched:
+                self._threads_count -= 1
                 return  # another thread does it
             self._is_watched = True
         while True:
@@ -181,6 +190,7 @@ class CallPool:
                     self._queue.popleft()
                 if not self._queue:
                     self._is_watched = False
+                    self._threads_count -= 1
                     return
                 future = self._queue[0]
                 is_late = time.monotonic() >= future.scope.began_s + self._timeout_s

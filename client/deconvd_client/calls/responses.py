@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from deconvd.errors import InternalError
+from deconvd.errors import ExhaustedError, InternalError, InvalidArgumentError
 
-__all__ = ["malformed_response", "parse_response"]
+__all__ = ["MALFORMED_ERRORS", "malformed_response", "parse_response"]
 
 _M = TypeVar("_M", bound=Message)
+
+MALFORMED_ERRORS: Final = (DecodeError, InvalidArgumentError, ExhaustedError)
+"""What the decoders, which the server uses, too, raise for bytes that are not what they must be.
+
+To the caller of a client they would say that an argument of the call was wrong.
+"""
 
 
 def parse_response(message_type: type[_M], data: bytes) -> _M:

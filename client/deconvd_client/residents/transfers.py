@@ -12,7 +12,7 @@ from deconvd.model.dtypes import Array
 from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.stream_parts import Part, PartReader, PartSource, elements_parts
-from deconvd.wire.tensor import message_from_spec
+from deconvd.wire.tensor import check_described, message_from_spec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.request_id import current_request_id
 from deconvd_client.calls.responses import malformed_response
@@ -148,8 +148,11 @@ class Transfers:
 
         def receive(source: PartSource) -> Array | None:
             reader = PartReader(source, pb.GetTensorResponse, self._empty)
-            reader.read_header()
-            array = None if spec is None else reader.read("resident", spec)
+            described = reader.read_header().header
+            array = None
+            if spec is not None:
+                check_described("resident", spec, described)
+                array = reader.read("resident", spec)
             reader.expect_end()
             return array
 

@@ -142,7 +142,8 @@ class Link:
 
     def give_back(self, name: bytes) -> None:
         """Tell the server that no later call will use the region with a name. Raises LinkLostError."""
-        self._request(LendingRequest(LendingOperation.RETURN, region=name))
+        _, descriptor = self._request(LendingRequest(LendingOperation.RETURN, region=name))
+        _close_all([] if descriptor is None else [descriptor])
 
     def close(self) -> None:
         """Give all memory back."""

@@ -12,11 +12,12 @@ from deconvd.direct.events import MethodCode
 from deconvd.errors import InvalidArgumentError
 from deconvd.host.parallel_copy import copy_into
 from deconvd.model.dtypes import Array
+from deconvd.model.operation import ARGUMENTS
 from deconvd.model.problem import TensorSpec, spec_of
 from deconvd.wire.messages import messages_for
-from deconvd.wire.tensor import is_raw
+from deconvd.wire.tensor import check_described, is_raw
 from deconvd_client.calls.call_spec import CallResult, CallSpec
-from deconvd_client.calls.responses import parse_response
+from deconvd_client.calls.responses import malformed_response, parse_response
 from deconvd_client.calls.transport import NotServedDirectlyError, StripedAttempt
 from deconvd_client.transports.direct.striped_transport import StripedTransport
 from deconvd_client.transports.direct.striping_policy import STREAM
@@ -116,7 +117,13 @@ def _make_striped_call(
         answer = striped.call(begin, call_spec.deadline, stripes_count)
     except NotServedDirectlyError:
         return None
-    response: Any = parse_response(messages_for(call_spec.operation).response, answer.message)
+    response_type = messages_for(call_spec.operation).response
+    response: Any = parse_response(response_type, answer.message)
+    try:
+        for field, spec in call_spec.results.items():
+            check_described(ARGUMENTS[field], spec, getattr(response, field))
+    except InvalidArgumentError as error:
+        raise malformed_response(response_type, error) from None
     return CallResult(response, arrays, answer.ledger)
 
 

@@ -20,6 +20,7 @@ from deconvd.wire.stream_parts import (
     elements_parts,
     packed_parts,
 )
+from deconvd.wire.tensor import check_described
 from deconvd_client.calls.call_spec import CallSpec, Response
 from deconvd_client.calls.transfer import CountedSource
 from deconvd_client.calls.transport import StreamAttempt
@@ -137,6 +138,7 @@ class _StreamCall:
         response = reader.read_header().header
         arrays: dict[str, Array] = {}
         for field, spec in self._call_spec.results.items():
+            check_described(ARGUMENTS[field], spec, getattr(response, field))
             if transfer is not None:
                 reader.empty = transfer.empty(field)
             arrays[field] = reader.read(ARGUMENTS[field], spec)

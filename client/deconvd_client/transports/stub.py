@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from deconvd.errors import DeconvdError, InvalidArgumentError, UnimplementedError
+from deconvd.errors import DeconvdError, UnimplementedError
 from deconvd.model.dtypes import Array
 from deconvd.model.operation import ARGUMENTS
 from deconvd.v1 import deconvd_pb2 as pb
@@ -24,7 +23,11 @@ from deconvd_client.calls.call_spec import CallResult, CallSpec
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
 from deconvd_client.calls.patience import Patience
-from deconvd_client.calls.responses import malformed_response, parse_response
+from deconvd_client.calls.responses import (
+    MALFORMED_ERRORS,
+    malformed_response,
+    parse_response,
+)
 from deconvd_client.calls.transport import StreamAttempt, Transport
 from deconvd_client.transports.direct.connectors import Connector
 from deconvd_client.transports.direct.pool import ConnectionGate, DirectTransport
@@ -156,7 +159,7 @@ class Stub:
                     arrays[field] = np.array(
                         array_of_expected_spec(ARGUMENTS[field], spec, message, elements)
                     )
-        except (DecodeError, InvalidArgumentError) as error:
+        except MALFORMED_ERRORS as error:
             raise malformed_response(response_type, error) from None
         return CallResult(response.message, arrays, ledger)
 

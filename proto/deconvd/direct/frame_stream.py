@@ -22,7 +22,7 @@ from deconvd.direct.events import (
     ProgressReport,
 )
 from deconvd.direct.protocol import DirectProtocol
-from deconvd.errors import InvalidArgumentError
+from deconvd.errors import DeconvdError, InvalidArgumentError
 from deconvd.wire.packed_elements import unpack
 from deconvd.wire.status import error_from_status
 from deconvd.wire.stream_parts import Part, PendingElements, Uint8Array, parse_part, takes_packed
@@ -167,6 +167,7 @@ class FrameSource:
 
     Attributes:
         ledger: The call's ledger, once the response has ended.
+        failure: The error with which the server ended the call, once it was raised.
 
     Args:
         frames: The connection.
@@ -185,6 +186,7 @@ class FrameSource:
         self._has_ended = frames.protocol.is_peer_done
         self._unpacked: Uint8Array = _EMPTY  # of the pending elements, if they came packed
         self.ledger = ""
+        self.failure: DeconvdError | None = None
 
     def next(self) -> Message | PendingElements | None:
         """Return the next part. None at the end."""
@@ -202,7 +204,8 @@ class FrameSource:
                 self.ledger, self._has_ended = ledger, True
                 return None
             case CallFailure(status):
-                raise error_from_status(status)
+                self.failure = error_from_status(status)
+                raise self.failure
             case event:
                 raise AssertionError(
                     f"the protocol let an event through that is not a part of a stream: {event}"

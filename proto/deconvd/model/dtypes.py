@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["BFLOAT16", "ELEMENT_TYPES", "Array", "DType", "compute_type", "element_type"]
+__all__ = [
+    "BFLOAT16",
+    "ELEMENT_TYPES",
+    "Array",
+    "DType",
+    "compute_type",
+    "element_type",
+    "native_type",
+]
 
 DType = np.dtype[Any]
 
@@ -27,6 +35,14 @@ ELEMENT_TYPES: tuple[DType, ...] = (
 """Every element type, narrowest first."""
 
 
+def native_type(dtype: DType) -> DType:
+    """Return `dtype` in native byte order. It can be any type of numpy's."""
+    try:
+        return dtype.newbyteorder("=")
+    except TypeError:  # of strings of any length, say, which have no byte order
+        return dtype
+
+
 def element_type(name: str, dtype: DType) -> DType:
     """Return `dtype` in native byte order.
 
@@ -36,7 +52,7 @@ def element_type(name: str, dtype: DType) -> DType:
     Raises:
         InvalidArgumentError: It is not one of `ELEMENT_TYPES`.
     """
-    native = dtype.newbyteorder("=")
+    native = native_type(dtype)
     if native not in ELEMENT_TYPES:
         allowed = ", ".join(str(allowed) for allowed in ELEMENT_TYPES)
         raise InvalidArgumentError(

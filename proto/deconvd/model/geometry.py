@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, SupportsIndex
 
 from deconvd.errors import InvalidArgumentError
 
-__all__ = ["MAX_EXTENT", "Geometry", "IntOrPair", "OutputSize", "Pair"]
+__all__ = [
+    "MAX_EXTENT",
+    "Geometry",
+    "IntOrPair",
+    "OutputSize",
+    "Pair",
+    "parse_sizes",
+    "shorten",
+]
 
 Pair = tuple[int, int]
 """A value for each axis of an image: (along the height, along the width)."""
@@ -28,6 +37,14 @@ _MAX_SHOWN_BITS = 256
 """Larger integers are not written in errors: Python refuses to convert very long ones to text."""
 
 _AXES = ("Height", "Width")
+
+_NOT_SEQUENCES = (Set, Mapping, bytes, bytearray)
+"""Types of values that can be iterated over, and are no sequences of numbers: some have no order."""
+
+_MAX_SHOWN_LETTERS = 200
+
+_MAX_SIZES_COUNT = 64
+"""How many dimensions an array of numpy's can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +213,25 @@ def _outsize(value: Sequence[SupportsIndex | None]) -> OutputSize:
 
 
 def _split_pair(name: str, value: object, allowed: str) -> tuple[object, object]:
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, _NOT_SEQUENCES):
         with suppress(
             TypeError
         ):  # an array without dimensions has __iter__, but cannot be iterated over
-            elements = tuple(value)
+            elements = tuple(islice(value, 3))  # it may be long, or have no end
             if len(elements) == 2:
                 return elements[0], elements[1]
     raise _kind_error(name, value, allowed)
+
+
+def parse_sizes(shape: object) -> tuple[int, ...] | None:
+    """Return the sizes in a sequence of integers, which is no longer than numpy allows; None if it is anything else."""
+    if not isinstance(shape, Iterable) or isinstance(shape, _NOT_SEQUENCES):
+        return None
+    try:
+        sizes = tuple(map(operator.index, islice(shape, _MAX_SIZES_COUNT + 1)))
+    except TypeError:
+        return None
+    return sizes if len(sizes) <= _MAX_SIZES_COUNT else None
 
 
 def _length_error(name: str, integer: int) -> InvalidArgumentError:
@@ -213,5 +241,14 @@ def _length_error(name: str, integer: int) -> InvalidArgumentError:
     )
 
 
+def shorten(value: object) -> str:
+    """Return how an error shows a value that is of a wrong type. It can be anything, also a long list."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of whatever class it is; and Python refuses to convert very long integers
+        text = f"a value of type {type(value).__qualname__}"
+    return text if len(text) <= _MAX_SHOWN_LETTERS else f"{text[:_MAX_SHOWN_LETTERS]}..."
+
+
 def _kind_error(name: str, value: object, allowed: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} must be {allowed}, got {value!r}", argument=name)
+    return InvalidArgumentError(f"{name} must be {allowed}, got {shorten(value)}", argument=name)

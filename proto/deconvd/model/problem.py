@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.model.dtypes import Array, DType, compute_type, element_type
+from deconvd.model.dtypes import Array, DType, compute_type, element_type, native_type
 from deconvd.model.geometry import MAX_EXTENT, Geometry, Pair
 
-__all__ = ["Problem", "TensorSpec", "check_extents", "problem_of", "spec_of"]
+__all__ = ["MAX_DIMENSIONS", "Problem", "TensorSpec", "check_extents", "problem_of", "spec_of"]
 
-_MAX_DIMENSIONS_SHOWN = 8
+MAX_DIMENSIONS = 8
+"""More dimensions than any operand has. Errors show no more of a shape either."""
+
 _MAX_NBYTES = 2**62
 """Larger sizes overflow numpy's index arithmetic, even if another extent is zero and the array is empty."""
 
@@ -35,14 +37,16 @@ class TensorSpec:
         return TensorSpec(self.shape, self.dtype.newbyteorder("<"))
 
     def __str__(self) -> str:
-        shown = ", ".join(str(extent) for extent in self.shape[:_MAX_DIMENSIONS_SHOWN])
-        more = ", ..." if len(self.shape) > _MAX_DIMENSIONS_SHOWN else ""
+        shown = ", ".join(str(extent) for extent in self.shape[:MAX_DIMENSIONS])
+        more = ", ..." if len(self.shape) > MAX_DIMENSIONS else ""
         return f"{self.dtype} of shape ({shown}{more})"
 
 
 def spec_of(array: Array) -> TensorSpec:
     """Return the shape and, in native byte order, the element type of an array."""
-    return TensorSpec(array.shape, array.dtype.newbyteorder("="))
+    dtype = array.dtype
+    # small calls notice each function: an attribute costs less
+    return TensorSpec(array.shape, dtype if dtype.isnative else native_type(dtype))
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,12 @@ def _check_tensor(name: str, spec: TensorSpec, *, dimensions: int) -> None:
 
 
 def check_extents(name: str, spec: TensorSpec) -> None:
-    """Raise InvalidArgumentError if numpy cannot have an array of this shape, even an empty one."""
+    """Raise InvalidArgumentError if no tensor can have this shape: numpy has no such array, even an empty one."""
+    if len(spec.shape) > MAX_DIMENSIONS:
+        raise InvalidArgumentError(
+            f"{name} must have at most {MAX_DIMENSIONS} dimensions, got {len(spec.shape)}",
+            argument=name,
+        )
     nominal = math.prod(max(extent, 1) for extent in spec.shape) * spec.dtype.itemsize
     if nominal > _MAX_NBYTES or not all(0 <= extent <= MAX_EXTENT for extent in spec.shape):
         raise InvalidArgumentError(

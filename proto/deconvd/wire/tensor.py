@@ -8,7 +8,7 @@ import numpy as np
 
 from deconvd.errors import InvalidArgumentError
 from deconvd.model.dtypes import ELEMENT_TYPES, Array, DType
-from deconvd.model.problem import TensorSpec, check_extents, spec_of
+from deconvd.model.problem import MAX_DIMENSIONS, TensorSpec, check_extents, spec_of
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.wire.codec import Buffer
 
@@ -16,6 +16,7 @@ __all__ = [
     "array_from_message",
     "array_of_expected_spec",
     "array_of_spec",
+    "check_described",
     "element_type_from_number",
     "element_type_number",
     "elements_of",
@@ -29,9 +30,6 @@ _NUMBER_BY_DTYPE: dict[DType, pb.ElementType.ValueType] = {
     dtype: pb.ElementType.Value(f"ELEMENT_TYPE_{dtype.name.upper()}") for dtype in ELEMENT_TYPES
 }
 _DTYPE_BY_NUMBER: dict[int, DType] = {number: dtype for dtype, number in _NUMBER_BY_DTYPE.items()}
-
-_MAX_DIMENSIONS = 8
-"""More dimensions than any operand has. A message with more is rejected before its shape is read."""
 
 
 def element_type_number(dtype: DType) -> pb.ElementType.ValueType:
@@ -78,9 +76,9 @@ def spec_from_message(name: str, message: pb.Tensor) -> TensorSpec:
     Raises:
         InvalidArgumentError: The element type is unknown, or no array can have the shape.
     """
-    if len(message.shape) > _MAX_DIMENSIONS:
+    if len(message.shape) > MAX_DIMENSIONS:  # before the shape is read
         raise InvalidArgumentError(
-            f"{name} must have at most {_MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
+            f"{name} must have at most {MAX_DIMENSIONS} dimensions, got {len(message.shape)}",
             argument=name,
         )
     return _spec(name, message.element_type, tuple(message.shape))
@@ -119,9 +117,20 @@ def array_of_expected_spec(
 ) -> Array:
     """Return the tensor in a message that must have a spec. See `array_from_message`."""
     described = spec_from_message(name, message)
-    if described != spec:
-        raise InvalidArgumentError(f"{name} must be {spec}, got {described}", argument=name)
+    if described != spec:  # not by `check_described`: small calls notice each function
+        raise _other_spec_error(name, spec, described)
     return array_of_spec(name, spec, message, raw)
+
+
+def check_described(name: str, spec: TensorSpec, message: pb.Tensor) -> None:
+    """Raise InvalidArgumentError unless a message describes a tensor of a spec."""
+    described = spec_from_message(name, message)
+    if described != spec:
+        raise _other_spec_error(name, spec, described)
+
+
+def _other_spec_error(name: str, wanted: TensorSpec, given: TensorSpec) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} must be {wanted}, got {given}", argument=name)
 
 
 def array_of_spec(name: str, spec: TensorSpec, message: pb.Tensor, raw: Buffer | None) -> Array:

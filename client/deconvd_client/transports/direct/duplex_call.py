@@ -13,6 +13,7 @@ from deconvd.direct.events import CallHead, EndOfStream
 from deconvd.direct.frame_stream import FrameSource, FrameStream
 from deconvd.direct.protocol import ProtocolState
 from deconvd.wire.stream_parts import Part
+from deconvd_client.calls.responses import MALFORMED_ERRORS, malformed_response
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.calls.uninterrupted import Promise, PromiseTimeoutError, run_in_background
 
@@ -36,10 +37,24 @@ def run_stream_attempt(
     connection.send(CallHead(attempt.method, timeout_s, first.SerializeToString()))
     source = FrameSource(connection, attempt.response_type)
     if connection.protocol.state is not ProtocolState.STREAMING:
-        return attempt.receive(source), source.ledger  # the first message is the whole request
+        return _receive(attempt, source), source.ledger  # the first message is the whole request
     with _RequestSender(connection, attempt.parts, is_full_duplex=attempt.is_full_duplex):
-        received = attempt.receive(source)
+        received = _receive(attempt, source)
     return received, source.ledger
+
+
+def _receive(attempt: StreamAttempt[_T], source: FrameSource) -> _T:
+    """Return what the attempt reads. What it finds wrong is the server's fault, unless the server itself says it."""
+    try:
+        return attempt.receive(source)
+    except MALFORMED_ERRORS as error:
+        if error is source.failure:
+            raise
+        raise malformed_response(attempt.response_type, error) from None
+    finally:
+        source.failure = (
+            None  # its traceback refers to this frame: a cycle, which would keep the arrays
+        )
 
 
 class _RequestSender(AbstractContextManager[None]):

@@ -16,7 +16,11 @@ from deconvd.wire.grpc_status import error_from_rpc
 from deconvd.wire.ledger import ledger_from_metadata
 from deconvd_client.calls.deadline import Deadline
 from deconvd_client.calls.overlapped_copy import OverlappedCopy
-from deconvd_client.calls.responses import malformed_response, parse_response
+from deconvd_client.calls.responses import (
+    MALFORMED_ERRORS,
+    malformed_response,
+    parse_response,
+)
 from deconvd_client.calls.tracing import current_call_span
 from deconvd_client.calls.transport import StreamAttempt
 from deconvd_client.transports.grpc.error_hints import ErrorHints
@@ -78,7 +82,10 @@ class GrpcTransport:
         messages = chain.from_iterable(map(part_messages, attempt.parts))
 
         def receive(responses: Iterator[bytes]) -> _T:
-            return attempt.receive(ChunkSource(responses, attempt.response_type))
+            try:
+                return attempt.receive(ChunkSource(responses, attempt.response_type))
+            except MALFORMED_ERRORS as error:
+                raise malformed_response(attempt.response_type, error) from None
 
         try:
             path = _SERVICE_PATH + attempt.method.name
