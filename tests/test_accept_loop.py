@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -179,6 +180,32 @@ def test_a_shortage_that_one_connection_meets_ends_nothing(error: Exception) -> 
         taker.error = None
         with socket.create_connection(address, TIMEOUT_S), taker.next():
             pass
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_what_met_a_shortage_is_done_again_in_its_order(error: Exception) -> None:
+    done = SimpleQueue[str]()
+    luck = iter([error, error, None])
+
+    def act_with_luck() -> None:
+        if (missing := next(luck)) is not None:
+            raise missing
+        done.put("first")
+
+    with run(Taker()) as listener:
+        listener.call_soon(act_with_luck)
+        listener.call_soon(lambda: done.put("second"))
+        assert [done.get(timeout=TIMEOUT_S) for _ in range(2)] == ["first", "second"]
+
+
+def test_an_error_of_a_system_call_that_is_no_shortage_ends_the_loop() -> None:
+    def fail() -> None:
+        raise OSError(errno.EBADF, "on purpose")
+
+    lost: list[str] = []
+    with run(Taker(), lost=lost) as listener:
+        listener.call_soon(fail)
+        wait_until(lambda: bool(lost))
 
 
 def test_what_is_watched_is_acted_on_until_it_is_not() -> None:

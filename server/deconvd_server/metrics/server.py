@@ -142,6 +142,9 @@ class MetricsServer:
         except UnavailableError as error:
             _log.debug("no metrics for %s: %s", exchange.peer, error)
             self._close(exchange)
+        except BaseException:
+            self._close(exchange)
+            raise
 
     def _drop(self, exchange: _Exchange) -> None:
         """Break a connection, since others need its place, and free that at once: threads may be slow to run."""

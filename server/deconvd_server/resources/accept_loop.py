@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import select
@@ -25,6 +26,11 @@ _PAUSE_S: Final = 0.1
 SHORTAGE_PAUSE_S: Final = 0.01
 """How long a loop rests before it does again what there was no memory for."""
 
+_SHORTAGES: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC}
+)
+"""What system calls say where descriptors, memory, or the descriptors that a user may watch have run out."""
+
 _Action: TypeAlias = Callable[[], None]
 
 _log = logging.getLogger(__name__)
@@ -33,9 +39,10 @@ _log = logging.getLogger(__name__)
 class Listener:
     """Accepts connections, and runs actions for other descriptors, in the thread that calls `run`.
 
-    While the system has no descriptors or threads left, it tries again after a pause; the log says so
-    once. If someone removes the file of a Unix socket, it makes the file again. It looks at the clock
-    in every round, so that busy clients cannot delay what is due.
+    While the system has no descriptors, threads or memory left, it tries again after a pause; the log says so
+    once. An action that met such a shortage is run again: it must allow that. If someone removes the file of a
+    Unix socket, it makes the file again. It looks at the clock in every round, so that busy clients cannot delay
+    what is due.
 
     Args:
         peers: Who connects, in the plural, for the log.
@@ -82,7 +89,7 @@ class Listener:
         """Accept connections and run actions until `stop`, or until an unforeseen error."""
         try:
             while not self._is_stopped:
-                self._run_once()
+                self._attempt(self._run_once)
         except Exception:  # noqa: BLE001 - logged, and the server ends
             _log.exception("%s are no longer served: unforeseen error", self._peers)
             self._on_lost(f"the thread for {self._peers}")
@@ -94,11 +101,16 @@ class Listener:
 
         Only the thread that calls `run` may call this.
         """
-        if descriptor in self._actions:
-            self._events.modify(descriptor, events)
-        else:
-            self._events.register(descriptor, events)
+        before = self._actions.get(descriptor)
         self._actions[descriptor] = action
+        if before is not None:
+            self._events.modify(descriptor, events)
+            return
+        try:
+            self._events.register(descriptor, events)
+        except BaseException:
+            del self._actions[descriptor]
+            raise
 
     def unwatch(self, descriptor: int) -> None:
         """Stop watching a descriptor, if it is watched. Any thread may call this, before it closes the descriptor."""
@@ -122,13 +134,14 @@ class Listener:
 
         Only the thread that calls `run` may call this.
         """
-        if not self._is_short:
-            _log.warning("%s are not accepted for now: %s", self._peers, error)
-        self._is_short = True
         self._resume_due_s = time.monotonic() + _PAUSE_S
         for descriptor in self._sockets:
             with suppress(FileNotFoundError):  # paused already
                 self._events.unregister(descriptor)
+        if not self._is_short:
+            reason = str(error) or "memory has run out"
+            _log.warning("%s are not accepted for now: %s", self._peers, reason)
+        self._is_short = True
 
     def withdraw(self) -> None:
         """Accept no more connections, and remove the sockets' files, so that a successor can have their paths."""
@@ -142,7 +155,8 @@ class Listener:
 
     def close(self) -> None:
         """Run the actions of `call_soon` that are left. To be called once, after `run` has returned."""
-        self._run_pending()
+        while self._pending:
+            self._run_pending()
         self._events.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -156,19 +170,17 @@ class Listener:
         # after it, may get the same descriptor
         for descriptor in ready:
             if (action := self._actions.get(descriptor)) is not None:
-                action()
+                self._attempt(action)
+        if self._pending:  # since there was too little memory for one
+            self._run_pending()
         for descriptor in ready:
             if (listener_socket := self._sockets.get(descriptor)) is not None:
                 self._accept(listener_socket)
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
             timer = heapq.heappop(self._timers)
-            try:
-                timer[2]()
-            except MemoryError as error:
+            if not self._attempt(timer[2]):
                 heapq.heappush(self._timers, timer)  # else what calls itself again ends for good
-                self.pause(error)
-                time.sleep(SHORTAGE_PAUSE_S)
                 break
         if now_s >= self._restore_due_s:
             self._restore_sockets(now_s)
@@ -186,7 +198,7 @@ class Listener:
             connection, address = listener_socket.accept()
         except BlockingIOError:  # the client has disconnected already
             return
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.pause(error)
             return
         try:
@@ -220,7 +232,23 @@ class Listener:
 
     def _run_pending(self) -> None:
         while self._pending:
-            self._pending.popleft()()
+            action = self._pending.popleft()
+            if not self._attempt(action):
+                self._pending.appendleft(action)
+                return
+
+    def _attempt(self, action: _Action) -> bool:
+        """Run an action. Return False, after a pause, if it met a shortage: then the caller must run it again."""
+        try:
+            action()
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _SHORTAGES:
+                raise
+            time.sleep(SHORTAGE_PAUSE_S)
+            with suppress(MemoryError):  # there is too little to say so
+                self.pause(error)
+            return False
+        return True
 
     def _stop(self) -> None:
         self._is_stopped = True

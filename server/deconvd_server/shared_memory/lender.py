@@ -257,7 +257,11 @@ class Lender:
             return
         client.place.note_progress()
         self._stop_reading(client)  # one request at a time: `_deliver` starts reading again
-        self._mapper.submit(self._perform, client, request)
+        try:
+            self._mapper.submit(self._perform, client, request)
+        except MemoryError:  # the request is lost: its client must not wait for the reply
+            self._drop(client)
+            raise
 
     def _stop_reading(self, client: _Client) -> None:
         self._listener.unwatch(client.connection.fileno())
@@ -276,12 +280,13 @@ class Lender:
             memory.close_descriptor()
 
     def _drop(self, client: _Client) -> None:
+        # first: if it meets a shortage, all of this is done again
+        self._mapper.submit(_log_failure, partial(self._loans.close, client.account))
         self._stop_reading(client)
         client.close()
         self._clients.remove(client)
         client.place.free()
         client.account.is_open = False  # at once, for `_deliver`: the mapper may close it later
-        self._mapper.submit(_log_failure, partial(self._loans.close, client.account))
         self._release_card_loans(client)
 
     def _release_card_loans(self, client: _Client) -> None:
@@ -300,9 +305,10 @@ class Lender:
             self._listener.watch(borrowing.process_descriptor, finish)
 
     def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:
+        # first, as in `_drop`
+        self._mapper.submit(_log_failure, partial(card_lender.close, borrowing))
         self._listener.unwatch(borrowing.process_descriptor)
         del self._borrowings[borrowing]
-        self._mapper.submit(_log_failure, partial(card_lender.close, borrowing))
 
     # In the mapper's thread.
 

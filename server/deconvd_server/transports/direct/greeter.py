@@ -129,14 +129,15 @@ class Greeter:
             return
         greeting.place.is_idle = True  # so that the oldest makes room for others of its peer, too
         try:
+            if not self._greetings:
+                self._listener.call_later(_HANDSHAKE_S, self._drop_late)
+            self._greetings[greeting] = None
             self._listener.watch(connection.fileno(), partial(self._advance, greeting))
         except BaseException:
+            self._greetings.pop(greeting, None)
             greeting.place.free()
             del greeting.place
             raise
-        self._greetings[greeting] = None
-        if len(self._greetings) == 1:
-            self._listener.call_later(_HANDSHAKE_S, self._drop_late)
         self._advance(greeting)
 
     def close(self) -> None:

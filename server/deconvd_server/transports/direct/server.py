@@ -184,8 +184,9 @@ class DirectServer:
 
     def _drop_connection(self, connection: DirectConnection) -> None:
         """Cancel the call of a client that has gone, or of a connection that has ended by itself."""
-        self._listener.unwatch(connection.descriptor)
         connection.cancel()
+        # last: if `cancel` meets a shortage, it is called again
+        self._listener.unwatch(connection.descriptor)
 
     def _greet(self, connection: socket.socket, address: Any) -> None:
         self._greeter.begin(connection, address)
@@ -223,6 +224,8 @@ class DirectServer:
             place.free()
             connection.refuse()
             self._listener.pause(error)
+        else:
+            self._note_change()
 
     def _start_connection(self, connection: DirectConnection, place: PeerPlace) -> None:
         with self._lock:
@@ -233,10 +236,13 @@ class DirectServer:
             self._listener.watch(
                 connection.descriptor, partial(self._drop_connection, connection), select.EPOLLRDHUP
             )
-            connection.start(place)
             self._connections[connection.descriptor] = connection
+            try:
+                connection.start(place)
+            except BaseException:
+                del self._connections[connection.descriptor]
+                raise
             self._begun_count += 1
-        self._note_change()
 
     def _forget(self, connection: DirectConnection) -> None:
         with self._lock:
@@ -247,8 +253,8 @@ class DirectServer:
     def _note_change(self) -> None:
         """Have it told soon that connections have begun or ended: clients that begin get their homes by that."""
         if not self._is_change_noted:
-            self._is_change_noted = True
             self._call_later(_TELL_S, self._tell_load)
+            self._is_change_noted = True
 
     def _call_later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Call `action` in `delay_s` seconds, in the thread that accepts connections. Any thread may call this."""
