@@ -57,22 +57,22 @@ if orders.get("name") == "1":
 _IS_BLOCKED_LATER = """
 import json, os, threading, time
 from deconvd_server.resources.worker_table import WORKERS
-from deconvd_server.transports.grpc.handlers import GrpcService
+from deconvd_server.transports.grpc.server import GrpcServer
 
 def tell_on():  # as direct connections have it that begin and end
     while True:
         WORKERS.tell_load()
         time.sleep(0.2)
 
-def expire_and_hang(self, call_later):
-    expire(self, call_later)
+def start_and_hang(self):
+    start(self)
     if orders.get("name") == "0" and not os.path.exists("{0}"):
         open("{0}", "x").close()
         threading.Thread(target=tell_on, daemon=True).start()
-        call_later(1.0, lambda: time.sleep(3600))
+        self.call_later(1.0, lambda: time.sleep(3600))
 
 orders = json.loads(os.environ.get("_DECONVD_WORKER", "{{}}"))
-expire, GrpcService.expire = GrpcService.expire, expire_and_hang
+start, GrpcServer.start = GrpcServer.start, start_and_hang
 """
 
 _CANNOT_START = """
