@@ -84,6 +84,13 @@ def test_who_waits_for_all_has_arrays_once_all_is_there() -> None:
     assert progress.there_bytes == W.nbytes + X.nbytes
 
 
+def test_who_waits_for_all_waits_for_the_last_one_first() -> None:
+    progress, large = Receiving(1000), np.zeros(20, np.float32)
+    w, x = make_arriving(progress, W, large)
+    wait_for_all({"w": w, "x": x}, CallContext())
+    assert [size for size, _ in progress.waits] == [W.nbytes + large.nbytes, W.nbytes]
+
+
 def test_who_waits_for_all_looks_whether_the_call_is_wanted() -> None:
     _, x = make_arriving(Silent(), W, X)
     call = CallContext()

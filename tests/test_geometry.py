@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deconvd.errors import InvalidArgumentError
-from deconvd.model.geometry import MAX_EXTENT, Geometry
+from deconvd.model.geometry import MAX_EXTENT, Geometry, parse_sizes, shorten
 
 sizes = st.integers(1, 6)
 pairs = st.tuples(sizes, sizes)
@@ -119,9 +119,13 @@ def test_a_value_is_at_most_what_32_bits_hold() -> None:
         (100_000, "pad must be at most 2147483647, got an int of 100000 bits"),
     ],
 )
-def test_a_very_long_integer_is_not_written(bits_count: int, message: str) -> None:
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_a_very_long_integer_is_not_written(
+    bits_count: int, message: str, *, is_pair: bool
+) -> None:
+    pad = 2 ** (bits_count - 1)
     with pytest.raises(InvalidArgumentError) as raised:
-        Geometry.from_arguments(pad=2 ** (bits_count - 1))
+        Geometry.from_arguments(pad=(pad, pad) if is_pair else pad)
 
     assert (str(raised.value), raised.value.argument) == (message, "pad")
 
@@ -231,3 +235,38 @@ def test_a_pair_has_two_values_in_order(value: Any) -> None:
 def test_a_value_that_cannot_be_shown_is_called_by_its_type() -> None:
     with pytest.raises(InvalidArgumentError, match="pair of ints, got a value of type list"):
         Geometry.from_arguments(stride=cast("Any", [10**5000] * 3))
+
+
+@pytest.mark.parametrize(
+    "shape", [(), [2, 3], range(64), (np.int64(7),), np.arange(3), iter([4, 5])], ids=repr
+)
+def test_a_sequence_of_at_most_64_ints_has_sizes(shape: Any) -> None:
+    expected = (4, 5) if not hasattr(shape, "__len__") else tuple(map(int, shape))
+    assert parse_sizes(shape) == expected
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        5,
+        None,
+        "ab",
+        b"ab",
+        {1, 2},
+        {1: 2},
+        range(65),
+        itertools.count(),
+        [1.5],
+        [None],
+        np.array(3),
+    ],
+    ids=repr,
+)
+def test_nothing_else_has_sizes(shape: Any) -> None:
+    assert parse_sizes(shape) is None
+
+
+def test_errors_show_two_hundred_letters_of_a_value() -> None:
+    assert shorten("a" * 198) == f"'{'a' * 198}'"
+    assert shorten("a" * 199) == f"'{'a' * 199}..."
+    assert shorten([1, 2]) == "[1, 2]"

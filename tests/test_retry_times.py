@@ -24,6 +24,7 @@ from deconvd_client.transports.retry_policy import (
     PinnedTransportError,
     RetriedElsewhere,
     RetryPolicy,
+    WorkerAwayError,
 )
 
 AWAY = UnavailableError("nobody listens")
@@ -167,6 +168,41 @@ def test_a_further_call_waits_as_long_as_those_that_were_refused(clock: Clock) -
     assert 60 < tried_s(clock, policy, 600)[0] <= 61.05
     clock.now_s += 100
     assert tried_s(clock, policy, 600) == [0]
+
+
+@pytest.mark.parametrize(("passed_s", "waits"), [(99.5, True), (100, False), (100.5, False)])
+def test_a_further_call_waits_until_the_time_that_the_server_said_and_no_longer(
+    clock: Clock, passed_s: float, *, waits: bool
+) -> None:
+    policy = RetryPolicy()
+    tried_s(clock, policy, 1, full(100), forever=True)
+
+    clock.now_s += passed_s
+    assert (tried_s(clock, policy, 600)[0] > 0) == waits
+
+
+def test_a_further_call_with_just_the_time_that_it_would_wait_does_not_wait(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry_policy, "random", SimpleNamespace(uniform=lambda _, most: most))
+    policy = RetryPolicy()
+    tried_s(clock, policy, 1, full(100), forever=True)
+    (waits_s,) = tried_s(clock, policy, 600)
+
+    clock.now_s -= waits_s
+    assert tried_s(clock, policy, waits_s) == [0]
+    assert tried_s(clock, policy, waits_s + 1e-6) == [waits_s]
+
+
+@pytest.mark.parametrize(("fail_fast", "tries_count"), [(False, 2), (True, 1)])
+def test_a_worker_that_is_away_is_tried_again_unless_failures_are_to_be_fast_and_holds_no_other_call(
+    clock: Clock, tries_count: int, *, fail_fast: bool
+) -> None:
+    policy = RetryPolicy(fail_fast=fail_fast)
+    away = WorkerAwayError("one is away", retry_after_s=0.6)
+
+    assert len(tried_s(clock, policy, 1, away, forever=True)) == tries_count
+    assert tried_s(clock, policy, 60) == [0]
 
 
 def test_a_further_call_does_not_wait_beyond_its_deadline_nor_if_it_computes_nothing(
