@@ -183,7 +183,7 @@ def test_a_shortage_that_one_connection_meets_ends_nothing(error: Exception) -> 
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
-def test_what_met_a_shortage_is_done_again_in_its_order(error: Exception) -> None:
+def test_what_met_a_shortage_is_done_again_and_delays_nothing_else(error: Exception) -> None:
     done = SimpleQueue[str]()
     luck = iter([error, error, None])
 
@@ -195,7 +195,26 @@ def test_what_met_a_shortage_is_done_again_in_its_order(error: Exception) -> Non
     with run(Taker()) as listener:
         listener.call_soon(act_with_luck)
         listener.call_soon(lambda: done.put("second"))
-        assert [done.get(timeout=TIMEOUT_S) for _ in range(2)] == ["first", "second"]
+        assert [done.get(timeout=TIMEOUT_S) for _ in range(2)] == ["second", "first"]
+
+
+def test_the_loop_ends_although_what_came_before_meets_a_shortage_that_lasts() -> None:
+    is_short = True
+
+    def act() -> None:
+        if is_short:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    listener = Listener("those of the test", (), (), Taker().take, pytest.fail)
+    thread = threading.Thread(target=listener.run, daemon=True)
+    thread.start()
+    listener.call_soon(act)
+    listener.stop()
+    thread.join(TIMEOUT_S)
+    has_ended, is_short = not thread.is_alive(), False
+    thread.join()
+    listener.close()
+    assert has_ended
 
 
 def test_an_error_of_a_system_call_that_is_no_shortage_ends_the_loop() -> None:

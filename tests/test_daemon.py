@@ -247,6 +247,7 @@ def test_a_live_servers_socket_and_port_are_not(socket_directory: Path) -> None:
             "--device must be cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or auto, got 'tpu'",
         ),
         (["--device", "cuda:x"], "got 'cuda:x'"),
+        (["--device", f"cuda:{'1' * 5000}"], "--device must be cpu, cuda, cuda:N,"),
         (["--max-message-bytes", "0"], "0 is not in the range"),
         (["--threads", "0"], "0 is not in the range"),
         (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from deconvd.wire.shared_slice import SharedSlice
 from deconvd_server.device import DeviceTensor, LentMemory
 from deconvd_server.device.cpu.tensor import HostTensor, array_of
 from deconvd_server.engine.engine import Engine
+from deconvd_server.resources.accept_loop import Listener
 from deconvd_server.shared_memory import CardLender, Lender, LoanLimits, SharedTensors
 from tests.lenders import LIMITS, memory_listener, start_borrower_process
 from tests.processes import leaves_no_descriptor, wait_until
@@ -231,6 +235,24 @@ def test_memory_stays_while_a_client_that_left_may_have_it_open(
         later.socket.close()
         assert len(engine.lent) == 1
 
+        running.process.kill()
+        wait_until(lambda: engine.lent == [])
+
+
+def test_what_a_client_that_left_has_is_taken_back_although_no_more_could_be_watched_for_a_moment(
+    lender: Lender, path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Listener.watch
+    errors = [OSError(errno.ENOSPC, "No space left on device")]
+
+    def watch_with_luck(listener: Listener, descriptor: int, *rest: Any) -> None:
+        if errors and os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[pidfd]":
+            raise errors.pop()
+        watch(listener, descriptor, *rest)
+
+    monkeypatch.setattr(Listener, "watch", watch_with_luck)
+    with start_borrower_process(BORROW_AND_LEAVE, path) as running:
+        wait_until(lambda: not errors)
         running.process.kill()
         wait_until(lambda: engine.lent == [])
 

@@ -165,7 +165,13 @@ class CallPool:
                     self._threads_count -= 1
                     return
                 is_full = len(self._running) >= self._limit
-                if not is_full:
+                if is_full and self._is_watched:
+                    self._threads_count -= 1
+                    return
+                # at once: `submit` counts on a thread that has not ended to look at the queue, unless it watches
+                if is_full:
+                    self._is_watched = True
+                else:
                     future = self._queue.popleft()
                     self._running.add(future)
             if is_full:
@@ -179,11 +185,6 @@ class CallPool:
 
     def _watch_queue(self) -> None:
         """End calls that have waited for too long. It ends once no call waits."""
-        with self._lock:
-            if self._is_watched:
-                self._threads_count -= 1
-                return  # another thread does it
-            self._is_watched = True
         while True:
             with self._lock:
                 while self._queue and self._queue[0].done():

@@ -16,7 +16,7 @@ from deconvd_server.device.protocol import Device
 
 __all__ = ["DeviceSettings", "check_device_name", "device_ids", "open_devices", "start_devices"]
 
-_CARDS = re.compile(r"cuda(:\d+(,cuda:\d+)*)?")
+_CARDS = re.compile(r"cuda(:\d{1,4}(,cuda:\d{1,4})*)?")
 
 _log = logging.getLogger(__name__)
 

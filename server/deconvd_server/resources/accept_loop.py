@@ -40,9 +40,9 @@ class Listener:
     """Accepts connections, and runs actions for other descriptors, in the thread that calls `run`.
 
     While the system has no descriptors, threads or memory left, it tries again after a pause; the log says so
-    once. An action that met such a shortage is run again: it must allow that. If someone removes the file of a
-    Unix socket, it makes the file again. It looks at the clock in every round, so that busy clients cannot delay
-    what is due.
+    once. An action that met such a shortage is run again, after the others: it must allow that. If someone
+    removes the file of a Unix socket, it makes the file again. It looks at the clock in every round, so that
+    busy clients cannot delay what is due.
 
     Args:
         peers: Who connects, in the plural, for the log.
@@ -234,7 +234,8 @@ class Listener:
         while self._pending:
             action = self._pending.popleft()
             if not self._attempt(action):
-                self._pending.appendleft(action)
+                # last: while the shortage lasts, `_stop`, say, must get its turn
+                self._pending.append(action)
                 return
 
     def _attempt(self, action: _Action) -> bool:

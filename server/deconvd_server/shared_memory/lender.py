@@ -301,7 +301,12 @@ class Lender:
         self._borrowings[borrowing] = finish
         if borrowing.is_empty:
             finish()
-        else:
+        else:  # as an action of its own, which is run again if it meets a shortage: what led here is not
+            self._listener.call_soon(partial(self._watch_process, borrowing))
+
+    def _watch_process(self, borrowing: CardBorrowing) -> None:
+        finish = self._borrowings.get(borrowing)
+        if finish is not None:  # or the lender has closed meanwhile
             self._listener.watch(borrowing.process_descriptor, finish)
 
     def _finish_release(self, borrowing: CardBorrowing, card_lender: CardLender) -> None:

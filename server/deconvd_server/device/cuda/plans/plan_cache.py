@@ -133,7 +133,7 @@ class PlanCache:
         """
         resource = _resource_of(self._find_candidate(key))
         self._cache.drop(key)
-        # a call that asks in between makes the plan again, of the same choice
+        # a call that asks in between gets our plan of the same choice again, or a stand-in, which asks once more
         with self._cache.lease(key, lambda: resource):
             pass
 
