@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deconvd.v1 import deconvd_pb2 as pb
 from deconvd.v1 import deconvd_pb2_grpc as pb_grpc
 from deconvd_client import Connection, connect
+from deconvd_server.transports.grpc.receive_limiter import ReceiveLimiter
 from tests.cgroups import Cgroup, cgroup
 from tests.processes import wait_until
 from tests.servers import ServerProcess, server_process
@@ -240,3 +241,18 @@ def test_what_budgets_count_before_it_is_allocated_is_taken_from_nobody_later(
             np.testing.assert_array_equal(F.deconvolution_2d(x, w), x.sum(axis=1, keepdims=True))
 
         assert "not admitted yet" not in server.log.read_text()
+
+
+def test_a_check_without_memory_is_followed_by_one_check_as_any_other() -> None:
+    """What raises MemoryError when it is due is run again: with two checks then, there would be more each time."""
+    due: list[Callable[[], None]] = []
+    limiter = ReceiveLimiter((), 1 << 20, lambda _delay_s, work: due.append(work), lambda: None)
+
+    def fail() -> int:
+        raise MemoryError
+
+    limiter.set_accounting(lambda: 0, 0)
+    limiter._budgeted_bytes = fail
+    limiter.check()
+
+    assert due == [limiter.check]

@@ -262,7 +262,6 @@ def main(
         why_one = choice.reason
         if choice.places:
             _supervise(context.params, choice.places, policy, reasons, systemd, log_handler, watch)
-    start_devices(device)
     link = None if orders is None else open_link(orders, reasons)
     machine = budgets()
     keep_freed_memory(machine.pool_bytes)
@@ -309,6 +308,7 @@ def main(
         metrics_readers=metrics_readers,
         shares_ports=link is not None,
     )
+    start_devices(device)  # after all that may exit: a driver must not be left amid its start
     daemon = _start(partial(_open_all, device, devices, why_one), settings, observers, reasons)
     _log.info("%s", daemon.description(policy.describe))
     notifier: Notifier = systemd

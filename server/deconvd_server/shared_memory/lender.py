@@ -280,7 +280,7 @@ class Lender:
             memory.close_descriptor()
 
     def _drop(self, client: _Client) -> None:
-        # first: if it meets a shortage, all of this is done again
+        # first: if it meets a shortage, `_drop` is called again, and nothing else here may be done twice
         self._mapper.submit(_log_failure, partial(self._loans.close, client.account))
         self._stop_reading(client)
         client.close()

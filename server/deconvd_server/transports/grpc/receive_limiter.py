@@ -17,6 +17,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -118,14 +119,15 @@ class ReceiveLimiter:
         self._skipped_count = 0
         wait_s = _FREE_S
         try:
-            room_bytes = self._room_bytes()
-            if room_bytes > 0:
-                wait_s = min(
-                    max(room_bytes / _FASTEST_BYTES_PER_S, _LEAST_POLL_PERIOD_S), _POLL_PERIOD_S
-                )
-            else:
-                self._make_room()
-        finally:  # memory may run out meanwhile
+            with suppress(MemoryError):  # what is left undone is done at the next check
+                room_bytes = self._room_bytes()
+                if room_bytes > 0:
+                    wait_s = min(
+                        max(room_bytes / _FASTEST_BYTES_PER_S, _LEAST_POLL_PERIOD_S), _POLL_PERIOD_S
+                    )
+                else:
+                    self._make_room()
+        finally:
             self._call_later(wait_s, self.check)
 
     def _room_bytes(self) -> float:
