@@ -24,7 +24,15 @@ from tests.servers import GRAPHS_SOON, ServerProcess, server_process
 if TYPE_CHECKING:
     from tests.certificates import Authority, CertificateFiles
 
-_NEED_CUPY = ["cupy", "device", "kernel_loading", "kernels", "operator", "overlapped"]
+_NEED_CUPY = [
+    "cupy",
+    "device",
+    "kernel_loading",
+    "kernels",
+    "operator",
+    "overlapped",
+    "stage_timer",
+]
 collect_ignore = [] if find_spec("cupy") else [f"test_cuda_{name}.py" for name in _NEED_CUPY]
 """Modules that import CuPy, torch or jax at their head: for a GPU, all of them."""
 

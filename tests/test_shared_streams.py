@@ -53,8 +53,11 @@ def running(tmp_path: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def hasty(tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server that waits for clients for a second where others wait for half a minute."""
-    constants = {"deconvd_server.call.context:STALL_LIMIT_S": STALL_S}
+    """A server that waits for clients for a second where others wait for half a minute, but to take what has ended."""
+    constants = {
+        "deconvd_server.call.context:STALL_LIMIT_S": STALL_S,
+        "deconvd_server.transports.grpc.server:STALL_LIMIT_S": 600.0,
+    }
     with server_process(tmp_path, listen=("unix", "127.0.0.1:0"), constants=constants) as server:
         yield server
 

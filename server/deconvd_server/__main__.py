@@ -308,7 +308,7 @@ def main(
         metrics_readers=metrics_readers,
         shares_ports=link is not None,
     )
-    start_devices(device)  # after all that may exit: a driver must not be left amid its start
+    start_devices(device)
     daemon = _start(partial(_open_all, device, devices, why_one), settings, observers, reasons)
     _log.info("%s", daemon.description(policy.describe))
     notifier: Notifier = systemd
@@ -378,12 +378,15 @@ def _start(
 ) -> Daemon:
     """Return a daemon that serves with all devices; or exit.
 
-    The devices are opened first: cards warm up while the daemon is imported. And a worker is not to be called before it
-    can serve, as others serve meanwhile.
+    It listens before its devices are open: a client that finds nobody gives up after five seconds, and cards may take
+    longer. But a worker is not to be called before it can serve, as others serve meanwhile: it opens its devices first,
+    which warm up while the daemon is imported.
     """
     devices: Sequence[Device] = ()
     try:
-        devices = open_all()
+        if settings.shares_ports:
+            devices = open_all()
+            open_all = partial(tuple, devices)
         from deconvd_server.daemon import Daemon
 
         daemon = Daemon(
@@ -398,7 +401,7 @@ def _start(
             _exit_without(error)
         _exit_with_error(error)
     try:
-        daemon.serve(lambda: devices)
+        daemon.serve(open_all)
     except (DeviceUnavailableError, DeconvdError, OSError) as error:
         daemon.drain()
         _exit_with_error(error)

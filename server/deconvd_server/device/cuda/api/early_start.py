@@ -12,12 +12,13 @@ __all__ = ["start_cards"]
 def start_cards(ordinals: Sequence[int] | None) -> None:
     """Start cards in a thread: it takes 0.2 to 0.6 s, without the interpreter's lock.
 
-    An error is left to whoever opens the card, and meets it too.
+    An error is left to whoever opens the card, and meets it too. An interpreter that exits waits for the thread: a
+    driver must not be left amid its start.
 
     Args:
         ordinals: The numbers of the cards; None for all.
     """
-    threading.Thread(target=_start, args=(ordinals,), name="start-cards", daemon=True).start()
+    threading.Thread(target=_start, args=(ordinals,), name="start-cards").start()
 
 
 def _start(ordinals: Sequence[int] | None) -> None:
