@@ -403,7 +403,10 @@ def test_what_is_no_mode_or_group_is_said(
 
 def command(address: str, *options: str, user: int | None = None) -> list[str]:
     """Return the command that runs a server. Another user becomes one once it has this code, which it may not read."""
-    start = "import encodings.idna, os, sys; from deconvd_server.__main__ import main; user = int(sys.argv.pop())\n"
+    start = (
+        "import encodings.idna, os, sys, deconvd_server.daemon\n"
+        "from deconvd_server.__main__ import main; user = int(sys.argv.pop())\n"
+    )
     become = "if user: os.setgroups([]); os.setgid(user); os.setuid(user)\n"
     words = ["--device", "cpu", "--listen", address, *options, str(user or 0)]
     return [sys.executable, "-c", f"{start}{become}main()", *words]
