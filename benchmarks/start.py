@@ -1,7 +1,8 @@
 """Where the seconds of a server's start go: ``python -m benchmarks.start --device cuda``.
 
-A new process does what a server does until it serves, and prints how long each step took. It has an empty folder for
-each cache. The last line is of a server itself, from the start of its process until it is ready.
+A new process does what a worker of a server does until it serves, and prints how long each step took. A server that is
+alone imports the daemon before it opens its device. The process has an empty folder for each cache. The last line is of
+a server itself, from the start of its process until it is ready.
 """
 
 from __future__ import annotations

@@ -237,12 +237,10 @@ def test_a_value_that_cannot_be_shown_is_called_by_its_type() -> None:
         Geometry.from_arguments(stride=cast("Any", [10**5000] * 3))
 
 
-@pytest.mark.parametrize(
-    "shape", [(), [2, 3], range(64), (np.int64(7),), np.arange(3), iter([4, 5])], ids=repr
-)
+@pytest.mark.parametrize("shape", [(), [2, 3], range(64), (np.int64(7),), np.arange(3)], ids=repr)
 def test_a_sequence_of_at_most_64_ints_has_sizes(shape: Any) -> None:
-    expected = (4, 5) if not hasattr(shape, "__len__") else tuple(map(int, shape))
-    assert parse_sizes(shape) == expected
+    assert parse_sizes(shape) == tuple(map(int, shape))
+    assert parse_sizes(iter(shape)) == tuple(map(int, shape))
 
 
 @pytest.mark.parametrize(

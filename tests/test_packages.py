@@ -81,8 +81,8 @@ def test_the_client_alone_needs_no_server_and_a_server_says_what_it_lacks(
 
     assert "Usage: deconvd " in environment.output("deconvd", "--help")
     for lacking, next_package, *options in (
-        ("grpc_reflection", "grpcio-reflection"),
         ("threadpoolctl", "threadpoolctl"),
+        ("grpc_reflection", "grpcio-reflection"),
         ("prometheus_client", "", "--metrics-port", "0"),
     ):
         ended = environment.run("deconvd-server", "--device", "cpu", *options)
