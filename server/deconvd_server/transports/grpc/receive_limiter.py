@@ -60,7 +60,7 @@ _STATUS_SEND_S: Final = 0.1
 A client whose status was not sent in time sees CANCELLED, and does not try again. On a busy machine 20 ms were too few.
 """
 
-_UNREAD_S: Final = 0.2
+_UNREAD_S: Final = 0.5
 _UNREAD_BYTES: Final = 64 << 10
 """An answer of at most that many bytes that has not left for so long is of a client that does not read."""
 
@@ -202,6 +202,11 @@ def _cancel_oversent(rpc: Rpc, message: bytes | None) -> None:
         rpc.cancel()
 
 
+def _waits_since_s(rpc: Rpc) -> float:
+    """Return since when the server has waited for the client: to take its answer, or to send a message."""
+    return rpc.answered_s if rpc.answered_s < math.inf else rpc.receive_began_s
+
+
 def _slowest_peer(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
     """Return the peer for whose messages the server has waited longest, and the older half of its calls."""
     by_peer: dict[str, list[Rpc]] = defaultdict(list)
@@ -211,9 +216,9 @@ def _slowest_peer(rpcs: Sequence[Rpc]) -> tuple[str, list[Rpc]]:
     peer = max(
         by_peer,
         key=lambda one: sum(
-            min(now_s - rpc.receive_began_s, _LONGEST_COUNTED_S) for rpc in by_peer[one]
+            min(now_s - _waits_since_s(rpc), _LONGEST_COUNTED_S) for rpc in by_peer[one]
         ),
         default="",
     )
-    own = sorted(by_peer[peer], key=lambda rpc: rpc.receive_began_s)
+    own = sorted(by_peer[peer], key=_waits_since_s)
     return peer, own[: (len(own) + 1) // 2]
