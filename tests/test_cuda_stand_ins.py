@@ -116,7 +116,7 @@ def test_a_stored_plan_is_served_at_once_if_a_stand_in_is_much_slower(
     cache.close()
 
 
-def test_a_stand_in_serves_without_another_thread() -> None:
+def test_a_stand_in_serves_without_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = candidates_of(FakePlan("ours", 0.01))
     threads = []
     make = candidates.stand_in
@@ -125,7 +125,7 @@ def test_a_stand_in_serves_without_another_thread() -> None:
         threads.append(threading.current_thread())
         return make(key, search_ms)
 
-    candidates.stand_in = stand_in  # type: ignore[method-assign]
+    monkeypatch.setattr(candidates, "stand_in", stand_in)
     cache = plan_cache_of(candidates)
     stand_in_of(cache)
     assert threads == [threading.current_thread()]

@@ -167,6 +167,25 @@ def test_why_one_process_serves_cards_that_nobody_could_count(
     assert "exit status 9" in choice.reason
 
 
+_HANGS_WHEN_IT_HAS_ANSWERED = f"""
+import os, sys, time
+if {devices.__name__!r} in sys.orig_argv:
+    os.write(1, b'[["cuda:0", "cuda:1"], "", ""]')
+    os.close(1)
+    time.sleep(3600)
+"""
+
+
+def test_who_has_counted_the_cards_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver may hold a process that ends. While it was waited for, nobody heeded signals."""
+    (tmp_path / "sitecustomize.py").write_text(_HANGS_WHEN_IT_HAS_ANSWERED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    assert devices.devices_of("cuda") == ["cuda:0", "cuda:1"]
+
+
 _HANGS_WHERE_CARDS_ARE_COUNTED = f"""
 import os, pathlib, sys, time
 if {devices.__name__!r} in sys.orig_argv:

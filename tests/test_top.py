@@ -224,6 +224,10 @@ def test_a_server_that_never_answers_is_a_failure_after_count_lines(tmp_path: Pa
         (["--interval-s", "inf"], "--interval-s: must be at least 0.1, got inf"),
         (["--count", "0"], "0 is not in the range x>=1"),
         (["nowhere"], "target must be host:port or unix:path"),
+        (
+            ["unix:a", "--target", "unix:b"],
+            "TARGET and --target name two servers, unix:a and unix:b",
+        ),
     ],
 )
 def test_a_mistake_ends_top_with_one_clear_line(

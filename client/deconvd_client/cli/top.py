@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import click
+from click.core import ParameterSource
 
 from deconvd.command_line import CliCommand, WholeNumber
 from deconvd.errors import DeconvdError
@@ -69,6 +70,9 @@ def top(
         raise click.BadParameter(
             f"must be at least {_LEAST_INTERVAL_S}, got {interval_s}", param_hint="--interval-s"
         )
+    source = click.get_current_context().get_parameter_source("target")
+    if address is not None and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"TARGET and --target name two servers, {address} and {target}")
     with (
         report_errors(),
         exit_on_signals(),

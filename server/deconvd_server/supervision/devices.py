@@ -27,8 +27,8 @@ __all__ = ["devices_of", "may_be_several"]
 _TIMEOUT_S: Final = 120.0
 """Longer than the first use of a GPU takes."""
 
-_KILLED_S: Final = 1.0
-"""How long a killed process may take to end. One that waits for a driver that hangs may not end at all."""
+_END_S: Final = 1.0
+"""How long a process may take to end that has answered, or was killed. A driver may keep it from that for ever."""
 
 _ANSWER_BYTES: Final = 1 << 16
 
@@ -147,7 +147,10 @@ def _output_of(command: Sequence[str], reasons: ExitReasons | None) -> bytes:
                     if not part:
                         break
                     output += part
-        code = process.wait(_TIMEOUT_S)  # not long: its output ends with it
+        try:
+            code = process.wait(_END_S)
+        except subprocess.TimeoutExpired:  # a driver holds it, but its answer is whole
+            code = 0
     finally:
         _kill(process)
     if code:
@@ -158,7 +161,7 @@ def _output_of(command: Sequence[str], reasons: ExitReasons | None) -> bytes:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     try:
-        process.wait(_KILLED_S)
+        process.wait(_END_S)
     except subprocess.TimeoutExpired:
         _log.error(
             "process %d, which counts the cards, does not end when it is killed", process.pid
